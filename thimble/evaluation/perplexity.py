@@ -1,0 +1,151 @@
+"""Loss, perplexity and bits per byte of a model over a held-out split.
+
+The convention is the plain one, the same for every model and baseline: the stream of a split
+(documents, each followed by end-of-text) is cut into consecutive windows of ``sequence_length``,
+the context starts anew in each, and every token is a target exactly once. The first token of the
+stream is predicted from end-of-text, as that is what stands before a document in training.
+
+    bits per byte = sum of -log2 p(token), end-of-text included / bytes of the documents' UTF-8 text
+
+Perplexity is per token and depends on the tokenizer; bits per byte compares any two models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from thimble.errors import DataError
+
+if TYPE_CHECKING:
+    from thimble.tokens.shards import TokenSplit
+
+IGNORED = -100
+# Losses wait on the device and come to the host once in so many tokens (64 MiB of float32), so
+# that an ordinary validation split costs a single synchronisation.
+HELD_TOKENS = 1 << 24
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def evaluate_split(
+    nll: TokenLoss,
+    split: TokenSplit,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    advance: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on a split of a tokens directory.
+
+    ``nll(inputs, targets)`` gets int64 ``[B, T]`` on ``device``, a target of -100 meaning ignored,
+    and gives the negative log-likelihood in nats of each target, float32 ``[B, T]``. Choosing
+    evaluation mode and precision is its business; gradients are off here.
+
+    ``max_tokens`` limits the work to a fixed random choice of whole documents with at most so many
+    tokens together (never fewer than one document), put one after the other; all figures are then
+    of exactly these. ``advance(tokens)`` is called after each batch.
+
+    Returns ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``tokens``, ``bytes``,
+    ``documents`` and ``by_category``: the same for each category. Losses of NaN give NaN.
+    Raises DataError when the split holds no documents or its table does not describe its tokens.
+    """
+    stream, lengths, sizes, categories = _chosen(split, max_tokens)
+    names, codes = np.unique(categories, return_inverse=True)
+    code_of_token = np.repeat(codes.astype(np.int32), lengths)
+    nats = np.zeros(len(names), dtype=np.float64)
+
+    rows = min(batch_size, -(-len(stream) // sequence_length))
+    step = rows * sequence_length
+    held: list[torch.Tensor] = []
+    flushed = 0
+
+    def flush() -> None:
+        nonlocal flushed
+        losses = torch.cat(held).cpu().numpy().astype(np.float64)
+        part = code_of_token[flushed : flushed + len(losses)]
+        nats[:] += np.bincount(part, weights=losses, minlength=len(names))
+        flushed += len(losses)
+        held.clear()
+
+    with torch.no_grad():
+        for start in range(0, len(stream), step):
+            targets = stream[start : start + step].astype(np.int64)
+            before = stream[start - 1] if start else split.eot_id
+            inputs = np.concatenate([[np.int64(before)], targets[:-1]])
+            count = len(targets)
+            # The last batch is filled up with ignored targets: one shape, compiled once.
+            padding = (0, step - count)
+            inputs = np.pad(inputs, padding, constant_values=split.eot_id)
+            targets = np.pad(targets, padding, constant_values=IGNORED)
+            losses = nll(
+                torch.from_numpy(inputs).view(rows, sequence_length).to(device),
+                torch.from_numpy(targets).view(rows, sequence_length).to(device),
+            )
+            held.append(losses.reshape(-1)[:count].float())
+            if advance:
+                advance(count)
+            if sum(map(len, held)) >= HELD_TOKENS:
+                flush()
+        if held:
+            flush()
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        return np.bincount(codes, weights=values, minlength=len(names))
+
+    tokens, sizes_by, documents = sums(lengths), sums(sizes), np.bincount(codes)
+    return {
+        **_figures(nats.sum(), lengths.sum(), sizes.sum(), len(lengths)),
+        "by_category": {
+            str(name): _figures(nats[i], tokens[i], sizes_by[i], documents[i])
+            for i, name in enumerate(names)
+        },
+    }
+
+
+def _figures(nats: float, tokens: float, size: float, documents: int) -> dict[str, Any]:
+    loss = float(nats) / int(tokens)
+    return {
+        "loss": loss,
+        # Beyond a loss of 700 the exponential leaves the range of a float.
+        "perplexity": math.exp(loss) if not loss > 700 else math.inf,
+        "bits_per_byte": float(nats) / math.log(2) / int(size),
+        "tokens": int(tokens),
+        "bytes": int(size),
+        "documents": int(documents),
+    }
+
+
+def _chosen(
+    split: TokenSplit, max_tokens: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The stream to evaluate and tokens, bytes and category of each of its documents."""
+    table = split.documents
+    lengths = table.column("tokens").to_numpy().astype(np.int64)
+    sizes = table.column("bytes").to_numpy().astype(np.int64)
+    categories = np.asarray(table.column("category").to_pylist(), dtype=str)
+    if not len(lengths) or not sizes.sum():
+        raise DataError(
+            "The split holds no documents, so there is nothing to evaluate. The corpus is too "
+            "small for its share of held-out text; add to it and build the tokens again."
+        )
+    if lengths.min() < 1 or lengths.sum() != len(split.tokens):
+        raise DataError(
+            f"The table of documents describes {lengths.sum():,} tokens and the split has "
+            f"{len(split.tokens):,}. Build the tokens again."
+        )
+    if max_tokens is None or lengths.sum() <= max_tokens:
+        return split.tokens, lengths, sizes, categories
+    # The stream is in the order of the corpus, so its beginning may be a single source.
+    order = np.random.default_rng(0).permutation(len(lengths))
+    fitting = int(np.searchsorted(np.cumsum(lengths[order]), max_tokens, side="right"))
+    chosen = np.sort(order[: max(fitting, 1)])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    stream = np.concatenate([split.tokens[starts[i] : starts[i + 1]] for i in chosen])
+    return stream, lengths[chosen], sizes[chosen], categories[chosen]

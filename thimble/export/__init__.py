@@ -1,0 +1,1 @@
+"""What leaves thimble: model cards and the formats of other programs."""
