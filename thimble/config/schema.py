@@ -1,0 +1,240 @@
+"""The configuration of a run: every key, its type, its range, its default and its meaning.
+
+This file is the only place where a key is defined. Recipes (``thimble/conf``) state what differs
+from these defaults, ``thimble explain`` prints the descriptions, and a run's ``config.yaml`` holds
+all of it resolved. The defaults follow the training specification (AdamW 3e-4, warm-up 2000, cosine
+to 10 %, 8 x 4 sequences, evaluation and checkpoint every 5000 steps).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys, silent conversions, NaN and Inf are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Shape of the model: embedding, blocks of attention and SwiGLU, head."""
+
+    mixer: Literal["attention"] = Field(
+        default="attention", description="How positions exchange values."
+    )
+    schedule: Literal["once"] = Field(
+        default="once", description="How often the stack of blocks runs."
+    )
+    vocab_size: int = Field(ge=2, description="Entries of the tokenizer's vocabulary.")
+    hidden_size: int = Field(ge=1, description="Width of the residual stream.")
+    intermediate_size: int = Field(ge=1, description="Inner width of the SwiGLU layer.")
+    num_hidden_layers: int = Field(ge=1, description="Number of blocks.")
+    num_attention_heads: int = Field(ge=1, description="Query heads of each block.")
+    num_key_value_heads: int = Field(
+        ge=1, description="Key and value heads; each serves a group of query heads."
+    )
+    head_dim: int = Field(ge=2, description="Width of one head; even, since RoPE turns pairs.")
+    max_position_embeddings: int = Field(ge=1, description="Longest context, in tokens.")
+    rope_theta: float = Field(default=10000.0, gt=0, description="Base of the RoPE wavelengths.")
+    rms_norm_eps: float = Field(
+        default=1e-5, gt=0, description="Added to the mean square in RMSNorm."
+    )
+    tie_word_embeddings: bool = Field(
+        default=True, description="One matrix for embedding and head."
+    )
+    initializer_range: float = Field(
+        default=0.02, gt=0, description="Standard deviation of the initial weights."
+    )
+
+    @model_validator(mode="after")
+    def check_shape(self) -> ModelConfig:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+            fewer = min(divisors, key=lambda n: (abs(n - kv_heads), n))
+            raise ValueError(
+                f"model.num_attention_heads={heads} is not a multiple of "
+                f"model.num_key_value_heads={kv_heads}. The nearest that fit:\n"
+                f"  model.num_key_value_heads={fewer}\n"
+                f"  model.num_attention_heads={max(1, round(heads / kv_heads)) * kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model.head_dim={self.head_dim} is odd, and RoPE turns pairs of values. "
+                f"The nearest that fit:\n  model.head_dim={self.head_dim - 1}\n"
+                f"  model.head_dim={self.head_dim + 1}"
+            )
+        return self
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, exactly; a tied embedding counts once."""
+        width, head_width = self.hidden_size, self.head_dim
+        attention = 2 * width * head_width * (self.num_attention_heads + self.num_key_value_heads)
+        block = attention + 3 * width * self.intermediate_size + 2 * width
+        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * block + width
+
+
+class DataConfig(Section):
+    """Where the tokens are."""
+
+    path: str = Field(min_length=1, description="Folder made by `thimble tokens build`.")
+
+
+class ObjectiveConfig(Section):
+    """What the model is trained to do."""
+
+    name: Literal["next_token"] = Field(default="next_token", description="The loss.")
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule: linear warm-up, then cosine."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
+    learning_rate: float = Field(default=3e-4, gt=0, le=1, description="Highest learning rate.")
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = Field(
+        default=[0.9, 0.95], description="Decay of AdamW's first and second moment."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator.")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        description="Decoupled weight decay, of the matrices.",
+    )
+    grad_clip: float = Field(
+        default=1.0, gt=0, description="Gradients are scaled to at most this norm."
+    )
+    warmup_steps: int = Field(
+        default=2000, ge=0, description="Steps from zero to the learning rate."
+    )
+    min_lr_ratio: Fraction = Field(
+        default=0.1, description="The last learning rate, as a fraction of the highest."
+    )
+
+
+class TrainingConfig(Section):
+    """Length of the run, its batches, and how often it logs, evaluates and saves."""
+
+    max_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
+    max_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Ends after this many passes over the data; null: no limit.",
+    )
+    sequence_length: int = Field(ge=1, description="Tokens of one training window.")
+    micro_batch_size: int = Field(
+        default=8, ge=1, description="Windows in one forward pass, per process."
+    )
+    gradient_accumulation_steps: int = Field(
+        default=4, ge=1, description="Forward passes whose gradients make one step."
+    )
+    log_every: int = Field(default=100, ge=1, description="Steps between two training records.")
+    eval_every: int = Field(default=5000, ge=1, description="Steps between two evaluations.")
+    save_every: int = Field(default=5000, ge=1, description="Steps between two checkpoints.")
+    keep_last: int = Field(
+        default=5, ge=1, description="Newest checkpoints kept, beside the best one."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="torch.compile; auto: where it pays off. DISABLE_COMPILE=1 means off.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Deterministic kernels only: slower, repeatable to the bit.",
+    )
+
+
+class EvaluationConfig(Section):
+    """What an evaluation during training measures and shows."""
+
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Validation tokens an evaluation reads; null: all.",
+    )
+    prompts: list[str] = Field(
+        default=["The kernel module", "Question: What does the command mount do?\nAnswer:"],
+        description="Beginnings of the sample generations.",
+    )
+    sample_tokens: int = Field(default=64, ge=1, description="Length of a sample, in tokens.")
+    temperature: float = Field(
+        default=0.8, ge=0, description="Of the samples; 0: the likeliest token."
+    )
+    top_k: int = Field(
+        default=50, ge=0, description="Samples draw from this many tokens; 0: from all."
+    )
+
+
+class GuardsConfig(Section):
+    """When a run is stopped for its own good. NaN and Inf always stop it."""
+
+    max_grad_norm: float = Field(
+        default=1000.0,
+        gt=0,
+        description="A gradient norm above this (before clipping) stops.",
+    )
+    plateau_steps: int = Field(
+        default=10000, ge=1, description="Steps without a lower smoothed loss that stop the run."
+    )
+
+
+class AcceptanceConfig(Section):
+    """The gate of `thimble accept`."""
+
+    perplexity: float = Field(gt=1, description="Validation perplexity must be below this.")
+    size_tolerance: Fraction = Field(
+        default=0.1, description="Allowed deviation of the checkpoint's size from the expected one."
+    )
+
+
+class LoggingConfig(Section):
+    """Where the records of metrics.jsonl are shown as well."""
+
+    tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
+    wandb: bool = Field(default=False, description="Log to Weights & Biases (extra `wandb`).")
+    trackio: bool = Field(default=False, description="Log to Trackio (extra `trackio`).")
+
+
+class Config(Section):
+    """Everything that determines a run."""
+
+    recipe: str = Field(min_length=1, description="Recipe the run was made from.")
+    seed: int = Field(
+        default=1, ge=0, lt=2**63, description="Of initial weights, data order and samples."
+    )
+    output_dir: str = Field(default="runs", min_length=1, description="Folder of all runs.")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
+        default="auto", description="auto, cpu, cuda, cuda:0, cuda:1, ... or mps."
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Of the matrix products; auto: bfloat16 where the hardware has it, "
+        "float16 on older GPUs, else float32.",
+    )
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    guards: GuardsConfig = GuardsConfig()
+    acceptance: AcceptanceConfig
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def check_lengths(self) -> Config:
+        window, context = self.training.sequence_length, self.model.max_position_embeddings
+        if window > context:
+            raise ValueError(
+                f"training.sequence_length={window} is longer than "
+                f"model.max_position_embeddings={context}. The nearest that fit:\n"
+                f"  training.sequence_length={context}\n  model.max_position_embeddings={window}"
+            )
+        return self
