@@ -35,9 +35,9 @@ CONFIG_FILE = "config.yaml"
 class Misspelt(ConfigError):
     """A name that does not exist, with the nearest one that does (None if nothing is close)."""
 
-    def __init__(self, message: str, wrong: str, right: str | None, help: str) -> None:
+    def __init__(self, message: str, wrong: str, right: str | None, help: str = "") -> None:
         hint = f" Did you mean:\n  {right}" if right else ""
-        super().__init__(f"{message}{hint}\n{help}" if help else f"{message}{hint}")
+        super().__init__("\n".join(filter(None, [f"{message}{hint}", help])))
         self.wrong, self.right = wrong, right
 
 

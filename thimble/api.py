@@ -1,0 +1,281 @@
+"""thimble from Python: one function for each command, and the command calls nothing else.
+
+Everything returns its result and prints nothing; notes and progress go to the logger ``thimble``.
+Errors are those of ``thimble.errors``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thimble.console import log
+from thimble.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from thimble.config.schema import Config
+    from thimble.evaluation.acceptance import Acceptance
+    from thimble.generation import Model
+    from thimble.training import Run
+    from thimble.training.plan import Plan
+
+PathLike = str | os.PathLike[str]
+
+
+def build_corpus(
+    name: str | None = None,
+    *,
+    sources: Sequence[PathLike] = (),
+    scale: str = "quick",
+    output: PathLike | None = None,
+    workers: int | None = None,
+    seed: int = 1,
+) -> Path:
+    """Make clean, deduplicated documents; returns the corpus folder.
+
+    ``name`` is a corpus we know (``os_kernel``), ``sources`` are files and folders of your own.
+    """
+    from thimble import corpora
+
+    if not name and not sources:
+        raise ConfigError(
+            "What should the corpus be made of? A corpus we know, or files of your own:\n"
+            "  thimble corpus build os_kernel\n  thimble corpus build --from PATH"
+        )
+    return corpora.build(
+        name,
+        sources=tuple(Path(source) for source in sources),
+        scale=scale,
+        output=Path(output) if output else None,
+        workers=workers,
+        seed=seed,
+    )
+
+
+def build_tokens(
+    corpus: PathLike,
+    *,
+    output: PathLike | None = None,
+    vocab_size: int | None = None,
+    tokenizer: str | None = None,
+    workers: int | None = None,
+) -> Path:
+    """Train or load a tokenizer and write the shards of a corpus; returns the tokens folder.
+
+    ``corpus`` is a corpus folder or the name of one in ``data/corpus``. Without ``tokenizer`` a
+    byte-level BPE of ``vocab_size`` entries (4096 unless given) is trained on the training split.
+    """
+    from thimble import tokens
+
+    if tokenizer is not None and vocab_size is not None:
+        raise ConfigError(
+            f"The tokenizer {tokenizer} has its own vocabulary, so vocab_size={vocab_size} cannot "
+            "hold as well. Leave one of them out."
+        )
+    return tokens.build(
+        find_corpus(corpus),
+        output=Path(output) if output else None,
+        vocab_size=vocab_size or 4096,
+        tokenizer=tokenizer,
+        workers=workers,
+    )
+
+
+def find_corpus(corpus: PathLike) -> Path:
+    """The folder of a corpus given as a path, or by the name it has in ``data/corpus``."""
+    path, home = Path(corpus), Path("data/corpus")
+    if path.exists() or path.is_absolute() or len(path.parts) > 1:
+        return path
+    found = [folder for folder in sorted(home.glob("*")) if folder.name == str(path)] or [
+        folder for folder in sorted(home.glob("*")) if folder.name.startswith(f"{path}-")
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        lines = "".join(f"\n  thimble tokens build {folder}" for folder in found)
+        raise ConfigError(f"There are {len(found)} corpora named {corpus}. Choose one:{lines}")
+    raise DataError(
+        f"There is no corpus {corpus} in {home}. Make it with:\n  thimble corpus build {corpus}"
+    )
+
+
+def plan(recipe: PathLike, *overrides: str, **nested: Any) -> Plan:
+    """What a run would need and take, before it is started: parameters, tokens, hours, memory."""
+    from thimble.config.load import load as load_config
+
+    config = load_config(recipe, overrides, nested)
+    from thimble.training.plan import plan as make_plan  # heavy: after what the user got wrong
+
+    return make_plan(config)
+
+
+def train(
+    recipe: PathLike | None = None,
+    *overrides: str,
+    resume: PathLike | None = None,
+    **nested: Any,
+) -> Run:
+    """Train a recipe and return the run.
+
+    ``overrides`` are ``"key=value"``, ``nested`` gives values as objects:
+    ``train("slm_nano", optim={"learning_rate": 1e-3})``. ``resume`` is a run or a checkpoint to go
+    on from, whose saved configuration then counts (with the overrides), or ``"auto"``: the newest
+    run of the recipe, or a new one if there is none.
+    """
+    config = _config_of_run(recipe, overrides, nested, resume)
+    if resume == "auto":
+        resume = newest_run(config)
+        if resume:
+            config = _config_of_run(recipe, overrides, nested, resume)
+        else:
+            log.info("There is no run of %s to resume; starting a new one.", config.recipe)
+    from thimble.training import train as start  # heavy: after what the user got wrong
+
+    return start(config, resume=Path(resume) if resume else None)
+
+
+def _config_of_run(
+    recipe: PathLike | None,
+    overrides: Sequence[str],
+    nested: Mapping[str, Any],
+    resume: PathLike | None,
+) -> Config:
+    """The recipe's configuration, or the one that a run to be resumed has saved."""
+    from thimble.config.load import load as load_config
+
+    if resume not in (None, "auto"):
+        run = run_of(resume)
+        config = load_config(run, overrides, nested)
+        if recipe is not None and config.recipe not in (str(recipe), nested.get("recipe")):
+            raise ConfigError(
+                f"{run} is a run of {config.recipe}, not of {recipe}. Resume it with:\n"
+                f"  thimble train {config.recipe} --resume {resume}"
+            )
+        return config
+    if recipe is None:
+        raise ConfigError(
+            "Which recipe? For example:\n  thimble train slm_nano\nAll recipes: thimble recipes"
+        )
+    return load_config(recipe, overrides, nested)
+
+
+def newest_run(config: Config) -> Path | None:
+    """The newest run of this recipe that has a checkpoint."""
+    from thimble.config.load import CONFIG_FILE
+
+    runs = Path(config.output_dir).glob(f"{config.recipe}/*/{CONFIG_FILE}")
+    resumable = (file.parent for file in runs if any((file.parent / "checkpoints").glob("step-*")))
+    return max(resumable, key=lambda run: run.name, default=None)
+
+
+def run_of(path: PathLike) -> Path:
+    """The run folder that ``path``, a run or one of its checkpoints, belongs to."""
+    from thimble.config.load import CONFIG_FILE
+
+    path = Path(path)
+    for folder in (path, path.parent.parent):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if not path.exists():
+        raise DataError(f"There is no run and no checkpoint at {path}.")
+    raise DataError(f"{path} is neither a run nor a checkpoint inside one: no {CONFIG_FILE}.")
+
+
+def load(path: PathLike, device: str = "auto") -> Model:
+    """A trained model from a checkpoint, or from a run (its best checkpoint)."""
+    from thimble import generation
+
+    return generation.load(Path(path), device=device)
+
+
+def accept(path: PathLike, *, split: str = "val") -> Acceptance:
+    """Whether a checkpoint passes the gate of its recipe; writes ``acceptance.json``."""
+    from thimble.evaluation.acceptance import accept as judge
+
+    return judge(Path(path), split=split)
+
+
+def generate(
+    path: PathLike,
+    *,
+    prompt: str | None = None,
+    message: str | None = None,
+    device: str = "auto",
+    stream: Callable[[str], object] | None = None,
+    **sampling: Any,
+) -> str:
+    """Continue a prompt, or answer a message; ``stream`` receives the text piece by piece.
+
+    ``sampling``: ``max_tokens``, ``temperature``, ``top_k``, ``top_p``, ``seed``.
+    """
+    if (prompt is None) == (message is None):
+        raise ConfigError("Give either --prompt (to be continued) or --message (to be answered).")
+    model = load(path, device)
+    return model.generate(prompt=prompt, message=message, stream=stream, **sampling)
+
+
+def chat(
+    path: PathLike,
+    messages: Iterable[str],
+    *,
+    device: str = "auto",
+    stream: Callable[[str], object] | None = None,
+    **sampling: Any,
+) -> list[dict[str, str]]:
+    """Answer one message after the other; returns the conversation as roles and texts."""
+    return load(path, device).chat(messages, stream=stream, **sampling)
+
+
+def inspect(path: PathLike) -> dict[str, Any]:
+    """What an artefact of ours is: kind, counts, options, inputs, and whether it is whole."""
+    from thimble.inspection import inspect as look
+
+    return look(Path(path))
+
+
+def recipes() -> list[dict[str, Any]]:
+    """Every recipe with its size, context, steps and gate."""
+    from thimble.config.load import load as load_config
+    from thimble.config.load import recipe_names, recipe_summary
+
+    rows = []
+    for name in recipe_names():
+        config = load_config(name)
+        rows.append(
+            {
+                "recipe": name,
+                "parameters": config.model.num_parameters,
+                "vocabulary": config.model.vocab_size,
+                "context": config.training.sequence_length,
+                "steps": config.training.max_steps,
+                "perplexity below": config.acceptance.perplexity,
+                "what": recipe_summary(name),
+            }
+        )
+    return rows
+
+
+def explain(key: str | None = None) -> list[dict[str, Any]]:
+    """The keys of a configuration (all, one group, or one) with type, default, range, meaning."""
+    from thimble.config.describe import as_override, describe_range, describe_type, keys
+    from thimble.config.load import check_key
+
+    chosen = [name for name in keys() if key in (None, name) or name.startswith(f"{key}.")]
+    if not chosen:
+        check_key(str(key), "VALUE")
+    rows = []
+    for name in chosen:
+        field = keys()[name]
+        default = None if field.is_required() else as_override(field.get_default())
+        rows.append(
+            {
+                "key": name,
+                "default": default,
+                "type": describe_type(field),
+                "range": describe_range(field),
+                "meaning": field.description,
+            }
+        )
+    return rows

@@ -1,0 +1,430 @@
+"""The command ``thimble``: each verb parses its words and calls one function of ``thimble.api``."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect as signatures
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from thimble import __version__, api
+from thimble.console import setup
+from thimble.errors import ConfigError
+from thimble.terminal import show, show_error
+
+
+class InOrder(TyperGroup):
+    """The verbs in the order in which one uses them, not groups last."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return sorted(super().list_commands(ctx), key=lambda name: name not in ("corpus", "tokens"))
+
+
+app = typer.Typer(
+    cls=InOrder,
+    suggest_commands=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train small language models on one machine, and show that what came out is real.",
+    epilog="Exit status: 0 done or accepted, 1 unexpected, 2 usage or configuration, "
+    "3 not accepted, 4 stopped by a guard, 5 bad input data, 6 environment, "
+    "75 interrupted and resumable, 130 interrupted.",
+)
+corpus_app = typer.Typer(suggest_commands=False)
+tokens_app = typer.Typer(suggest_commands=False)
+app.add_typer(corpus_app, name="corpus", help="Sources to clean, deduplicated documents.")
+app.add_typer(tokens_app, name="tokens", help="Documents to a tokenizer and shards.")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and the result only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Details, and tracebacks.")]
+
+
+class Output:
+    """How to answer; the flags may stand before and after the verb."""
+
+    json = False
+    verbosity = 0
+
+    def want(self, json: bool, quiet: bool, verbose: bool) -> None:
+        self.json |= json
+        self.verbosity = -1 if quiet else 1 if verbose else self.verbosity
+        setup(self.verbosity)
+
+
+output = Output()
+
+
+def verb(group: typer.Typer, name: str, *, overrides: bool = False) -> Callable[..., Any]:
+    """Register a function as a command that also takes --json, -q and -v, and show its result."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(*args: Any, json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
+            output.want(json, quiet, verbose)
+            return show(function(*args, **options), as_json=output.json)
+
+        flags = {"json": Json, "quiet": Quiet, "verbose": Verbose}
+        own = signatures.signature(function, eval_str=True)
+        parameters = list(own.parameters.values()) + [
+            signatures.Parameter(
+                flag, signatures.Parameter.KEYWORD_ONLY, default=False, annotation=kind
+            )
+            for flag, kind in flags.items()
+        ]
+        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        settings = {"ignore_unknown_options": True} if overrides else {}
+        return group.command(name, context_settings=settings)(command)
+
+    return register
+
+
+# ---------------------------------------------------------------------------- what is completed
+
+
+def complete_recipe(incomplete: str) -> Iterator[tuple[str, str]]:
+    from thimble.config.load import recipe_names, recipe_summary
+
+    for name in recipe_names():
+        if name.startswith(incomplete):
+            yield name, recipe_summary(name)
+
+
+def complete_override(incomplete: str) -> Iterator[tuple[str, str]]:
+    from thimble.config.describe import choices_of, keys
+    from thimble.config.load import group_choices
+
+    words = {f"{key}=": field.description or "" for key, field in keys().items()}
+    for key, field in keys().items():
+        if incomplete.startswith(f"{key}="):
+            words |= {f"{key}={choice}": "" for choice in choices_of(field)}
+    for group, choices in group_choices().items():
+        words |= {f"{group}={choice}": f"another {group}" for choice in choices}
+    for word, description in words.items():
+        if word.startswith(incomplete):
+            yield word, description
+
+
+def complete_key(incomplete: str) -> Iterator[tuple[str, str]]:
+    from thimble.config.describe import keys
+
+    for key, field in keys().items():
+        if key.startswith(incomplete):
+            yield key, field.description or ""
+
+
+# -------------------------------------------------------------------------------------- words
+
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe, or the path of a run's config.yaml.",
+        autocompletion=complete_recipe,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Any key of `thimble explain`; --key=value and --key value are understood too.",
+        autocompletion=complete_override,
+    ),
+]
+Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder, or a run (its best one).")]
+OutputFolder = Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw from this many tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from this share of probability.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+def settings_of(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Split words into plain ones and ``key=value`` settings, each key one of ``known``."""
+    from thimble.config.load import Misspelt
+
+    plain, settings = [], {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or Path(word).exists():
+            plain.append(word)
+        elif key in known:
+            settings[key] = value
+        else:
+            close = difflib.get_close_matches(key, known, n=1)
+            right = f"{close[0]}={value}" if close else None
+            raise Misspelt(f"There is no {key} here.", word, right, f"Known: {', '.join(known)}.")
+    return plain, settings
+
+
+def check_options(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Refuse a misspelt option of the command itself before it is taken for a key."""
+    from thimble.config.load import Misspelt
+
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("-") and "." not in name:
+            close = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+            if close or not name.startswith("--"):
+                right = close[0] if close else None
+                raise Misspelt(f"There is no option {name}.", name, right)
+    return list(words)
+
+
+# -------------------------------------------------------------------------------------- verbs
+
+
+def want_json(wanted: bool | None) -> bool:
+    output.json |= bool(wanted)
+    return output.json
+
+
+def print_version(wanted: bool | None) -> None:
+    if wanted:
+        print(json.dumps({"version": __version__}) if output.json else f"thimble {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def before_the_verb(
+    json: Annotated[
+        bool,
+        # Eager, so that --version already knows.
+        typer.Option("--json", is_eager=True, callback=want_json, help="One JSON object."),
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, help="The version, and exit.")
+    ] = False,
+) -> None:
+    output.want(json, quiet, verbose)
+
+
+@verb(corpus_app, "build")
+def corpus_build(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME] [scale=quick|full]", help="A corpus we know: os_kernel."),
+    ] = None,
+    sources: Annotated[
+        list[str] | None, typer.Option("--from", help="Your own file or folder; repeatable.")
+    ] = None,
+    scale: Annotated[str | None, typer.Option(help="quick (default) or full.")] = None,
+    output: OutputFolder = None,
+    workers: Workers = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling of the mixture.")] = 1,
+) -> Any:
+    """Make a corpus: sources, cleaned and deduplicated."""
+    plain, settings = settings_of(words or [], ["scale"])
+    paths = [*(sources or []), *(word for word in plain if sources and Path(word).exists())]
+    names = [word for word in plain if word not in paths]
+    if len(names) > 1:
+        raise ConfigError(f"One corpus at a time, not {len(names)}: {', '.join(names)}.")
+    return api.build_corpus(
+        names[0] if names else None,
+        sources=paths,
+        scale=scale or settings.get("scale", "quick"),
+        output=output,
+        workers=workers,
+        seed=seed,
+    )
+
+
+@verb(tokens_app, "build")
+def tokens_build(
+    corpus: Annotated[str, typer.Argument(help="Corpus folder, or its name in data/corpus.")],
+    vocab_size: Annotated[int | None, typer.Option(min=2, help="Entries; default 4096.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Use this one: folder, hub id, or SentencePiece .model.")
+    ] = None,
+    output: OutputFolder = None,
+    workers: Workers = None,
+) -> Any:
+    """Make a tokenizer and the train, val and test shards of a corpus."""
+    return api.build_tokens(
+        corpus, output=output, vocab_size=vocab_size, tokenizer=tokenizer, workers=workers
+    )
+
+
+@verb(app, "plan", overrides=True)
+def plan(recipe: Recipe, overrides: Overrides = None) -> Any:
+    """Parameters, FLOPs, tokens, hours, cost and memory of a run, before it is started."""
+    return api.plan(recipe, *check_options(overrides or [], ["--json", "--help"]))
+
+
+@verb(app, "train", overrides=True)
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe, or the path of a run's config.yaml; not needed with --resume PATH.",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[auto|PATH]", help="Go on: the newest run, or this run/checkpoint."),
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Short for training.max_steps=N.")] = None,
+) -> Any:
+    """Train a model by a recipe."""
+    words = check_options(overrides or [], ["--resume", "--max-steps", "--json", "--help"])
+    if recipe is not None and ("=" in recipe or recipe.startswith("-")) and resume:
+        words.insert(0, recipe)  # `train --resume PATH key=value`: the run knows its recipe
+        recipe = None
+    if max_steps is not None:
+        words.append(f"training.max_steps={max_steps}")
+    return api.train(recipe, *words, resume=resume)
+
+
+@verb(app, "accept")
+def accept(
+    checkpoint: Checkpoint,
+    split: Annotated[str, typer.Option(help="Held-out split: val or test.")] = "val",
+) -> Any:
+    """Judge a checkpoint by its recipe's gate; the exit status says."""
+    return api.accept(checkpoint, split=split)
+
+
+@verb(app, "generate")
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str | None, typer.Option(help="Text to be continued.")] = None,
+    message: Annotated[str | None, typer.Option(help="Question to be answered.")] = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    seed: Seed = 1,
+    device: Device = "auto",
+) -> Any:
+    """Continue a prompt, or answer a message."""
+    text = api.generate(
+        checkpoint,
+        prompt=prompt,
+        message=message,
+        device=device,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stream=None if output.json else write_piece,
+    )
+    return {"text": text} if output.json else print()
+
+
+@verb(app, "chat")
+def chat(
+    checkpoint: Checkpoint,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    seed: Seed = 1,
+    device: Device = "auto",
+) -> Any:
+    """Talk with a model, line by line; an empty line or Ctrl-D ends it."""
+    conversation = api.chat(
+        checkpoint,
+        read_messages(),
+        device=device,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stream=None if output.json else write_piece,
+    )
+    return {"messages": conversation} if output.json else None
+
+
+@verb(app, "inspect")
+def inspect(path: Annotated[str, typer.Argument(help="Corpus, tokens, checkpoint or run.")]) -> Any:
+    """What an artefact is, what made it, and whether it is whole."""
+    return api.inspect(path)
+
+
+@verb(app, "recipes")
+def recipes() -> Any:
+    """The recipes there are."""
+    return {"recipes": api.recipes()}
+
+
+@verb(app, "explain")
+def explain(
+    key: Annotated[
+        str | None, typer.Argument(help="A key or a group.", autocompletion=complete_key)
+    ] = None,
+) -> Any:
+    """What a key of the configuration means, its type, range and default."""
+    return {"keys": api.explain(key)}
+
+
+# --------------------------------------------------------------------------------- the terminal
+
+
+def write_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def read_messages() -> Iterator[str]:
+    """What a person types, until an empty line or Ctrl-D; a pipe gives its lines."""
+    while True:
+        try:
+            line = input("\n> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def fill_resume(arguments: Sequence[str]) -> list[str]:
+    """Give a bare ``--resume`` the value it stands for; the parser knows no optional values."""
+    filled = []
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
+        bare = following.startswith("-") or ("=" in following and not Path(following).exists())
+        if word == "--resume" and not bare:
+            from thimble.config.load import recipe_names
+
+            bare = following in recipe_names()
+        filled.append("--resume=auto" if word == "--resume" and bare else word)
+    return filled
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with these words (default: the process's); returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    output.json, output.verbosity = False, 0
+    if not words or words in [[group.name] for group in app.registered_groups]:
+        words.append("--help")
+    try:
+        # A command returns its status; Exit, raised by --help and --version, its code.
+        status = app(fill_resume(words), prog_name="thimble", standalone_mode=False) or 0
+        if status == 130:
+            raise KeyboardInterrupt
+        sys.stdout.flush()
+        return int(status)
+    except BrokenPipeError:  # `thimble recipes | head -1`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        as_json = output.json or "--json" in words
+        verbose = output.verbosity > 0 or "-v" in words or "--verbose" in words
+        return show_error(error, words, as_json=as_json, verbose=verbose)
