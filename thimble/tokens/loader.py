@@ -1,4 +1,4 @@
-"""``batch(step) = f(seed, step)``: which windows a step sees, without any state to restore.
+"""Which windows a step sees, as a function of seed and place, without any state to restore.
 
 The token stream is cut into windows of ``sequence_length`` targets. Each epoch visits every window
 once, in the order of a keyed permutation that can be evaluated at any place. So finding one's place
@@ -71,8 +71,8 @@ class Windows:
             windows[chosen] = permute(offset[chosen], self.count, key)
         return windows
 
-    def batch(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of ``step`` (counted from 0), int64 [size, length] each."""
-        starts = self.order(step * size, size) * self.length
+    def batch(self, seen: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the ``size`` windows after the first ``seen``, int64 [size, length]."""
+        starts = self.order(seen, size) * self.length
         rows = self.tokens[starts[:, None] + np.arange(self.length + 1)].astype(np.int64)
         return rows[:, :-1], rows[:, 1:]

@@ -1,0 +1,100 @@
+"""Grouped-query attention with rotary positions and a key/value cache."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thimble.models.layers import Linear, rotate
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, [B, K, capacity, C] each, filled from the left."""
+
+    def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
+        self.keys = like.new_zeros(batch, heads, capacity, head_dim)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, K, T, C] and return everything up to and including it."""
+        start, end = self.length, self.length + keys.shape[2]
+        assert end <= self.capacity, "the caller keeps within the context"
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+# Up to this many positions a CPU trains faster with the scores written out: torch's CPU flash attention
+# needs several times its forward for its backward. benchmarks/train_cpu.py --attention measures it.
+SHORT = 512
+
+
+def short_causal_attention(q_bhtc: Tensor, k_bktc: Tensor, v_bktc: Tensor) -> Tensor:
+    """Causal attention with explicit scores; grouped heads read their key without a copy of it."""
+    batch, heads, time, size = q_bhtc.shape
+    kv_heads = k_bktc.shape[1]
+    group = heads // kv_heads
+    q = (q_bhtc * size**-0.5).reshape(batch, kv_heads, group * time, size)
+    future = q.new_full((time, time), float("-inf")).triu(1)
+    scores = (q @ k_bktc.transpose(-1, -2)).view(batch, kv_heads, group, time, time) + future
+    weights = scores.softmax(-1).view(batch, kv_heads, group * time, time)
+    return (weights @ v_bktc).view(batch, heads, time, size)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv:2305.13245).
+
+        query heads   0 1 2 3 4 5        H = 6
+                      | | | | | |
+        key/value      0    1            K = 2: heads 0-2 read the first, 3-5 the second
+
+    ``head_dim`` is independent of ``hidden_size / H``: the specification's tiny model has 6 heads
+    and 256 channels. Queries, keys and values come from one matrix.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.qkv = Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim)
+        self.output = Linear(num_heads * head_dim, hidden_size)
+
+    def forward(
+        self, x_btd: Tensor, rope_2tc: Tensor, state: KVCache | None = None
+    ) -> tuple[Tensor, KVCache | None]:
+        """[B, T, D] -> [B, T, D]; ``rope_2tc`` holds the rows of these T positions.
+
+        With a ``state`` the T positions follow the ones in it; they are added to it in place.
+        """
+        batch, time, _ = x_btd.shape
+        heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_dim
+        qkv = self.qkv(x_btd).view(batch, time, heads + 2 * kv_heads, size).transpose(1, 2)
+        # Queries and keys are neighbours, so one call rotates both.
+        rotated = rotate(qkv[:, : heads + kv_heads], rope_2tc)
+        q, k = rotated[:, :heads], rotated[:, heads:]
+        v = qkv[:, heads + kv_heads :]
+        if state is None and q.device.type == "cpu" and time <= SHORT and torch.is_grad_enabled():
+            y = short_causal_attention(q, k, v)
+        else:
+            mask = None
+            if state is not None:
+                k, v = state.append(k, v)
+                past = k.shape[2] - time
+                if past and time > 1:  # a block after a prefix: every position sees the prefix
+                    mask = q.new_ones(time, past + time, dtype=torch.bool).tril(past)
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and time > 1,
+                enable_gqa=heads != kv_heads,
+            )
+        y = y.transpose(1, 2).reshape(batch, time, heads * size)
+        return self.output(y), state

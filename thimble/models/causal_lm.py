@@ -1,0 +1,106 @@
+"""The language model: embedding -> core -> head.
+
+The core is a stack of pre-norm blocks run once. Which mixer a block has and how often the stack
+runs are two independent choices of the configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thimble.models.attention import Attention, KVCache
+from thimble.models.layers import Linear, RMSNorm, SwiGLU, rotary_table
+
+if TYPE_CHECKING:
+    from thimble.config.schema import ModelConfig
+
+
+class Block(nn.Module):
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_btd: Tensor, rope_2tc: Tensor, state: KVCache | None = None) -> Tensor:
+        mixed, _ = self.mixer(self.mixer_norm(x_btd), rope_2tc, state)
+        x_btd = x_btd + mixed
+        return x_btd + self.mlp(self.mlp_norm(x_btd))
+
+
+class CausalLM(nn.Module):
+    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+    Parameters are float32; ``compute_dtype`` is what activations and products run in. The head
+    shares the embedding's weight when ``tie_word_embeddings`` is set.
+    """
+
+    rope_2tc: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+        table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.register_buffer("rope_2tc", table, persistent=False)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> CausalLM:
+        """Normal weights of ``initializer_range``; the two maps that write into the residual are
+        divided by sqrt(2 x layers), so that its variance does not grow with depth (GPT-2).
+
+        The first loss is then ln(vocabulary) to within a few per cent.
+        """
+        std = self.config.initializer_range
+        scale = 1 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.ones_(parameter)
+            else:
+                writes = name.endswith(("mixer.output.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=std * scale if writes else std, generator=generator)
+        return self
+
+    def num_parameters(self) -> int:
+        """Parameters, the tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def new_state(self, batch: int, capacity: int | None = None) -> list[KVCache]:
+        """Empty caches for ``batch`` sequences of up to ``capacity`` (default: context) positions."""
+        config = self.config
+        like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
+        length = min(capacity or config.max_position_embeddings, config.max_position_embeddings)
+        heads, size = config.num_key_value_heads, config.head_dim
+        return [KVCache(batch, heads, length, size, like) for _ in self.blocks]
+
+    def hidden(self, ids_bt: Tensor, state: list[KVCache] | None = None) -> Tensor:
+        """Token ids [B, T] -> normalised hidden states [B, T, D] in ``compute_dtype``."""
+        past = state[0].length if state else 0
+        rope = self.rope_2tc[:, past : past + ids_bt.shape[1]]
+        x = F.embedding(ids_bt, self.embedding.weight).to(self.compute_dtype)
+        for index, block in enumerate(self.blocks):
+            x = block(x, rope, state[index] if state else None)
+        return self.norm(x)
+
+    def forward(self, ids_bt: Tensor, state: list[KVCache] | None = None) -> Tensor:
+        """Token ids [B, T] -> float32 logits [B, T, vocabulary]."""
+        return self.head(self.hidden(ids_bt, state)).float()

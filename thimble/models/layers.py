@@ -1,0 +1,71 @@
+"""The pieces every core is made of: linear maps, RMSNorm, rotary positions, SwiGLU.
+
+Shapes: B batch, T time, D hidden size, H query heads, K key/value heads, C head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A linear map without bias whose float32 weight follows the input's dtype.
+
+    Six lines instead of autocast: the master weights stay float32 for the optimizer, the product
+    runs in bfloat16 where the activations do, and nothing depends on a global mode.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight``, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def rotary_table(length: int, head_dim: int, theta: float) -> Tensor:
+    """cos and sin of every position as one float32 tensor [2, T, C] (RoFormer, arXiv:2104.09864).
+
+    The two halves of a head are rotated against each other, as transformers does it, so that
+    weights carry over without permutation.
+    """
+    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x_bhtc: Tensor, rope_2tc: Tensor) -> Tensor:
+    """Rotate queries or keys [B, H, T, C] by their positions' angles."""
+    cos, sin = rope_2tc.to(x_bhtc.dtype)
+    first, second = x_bhtc.chunk(2, dim=-1)
+    return x_bhtc * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202).
+
+    gate and up are one matrix, since one large product is faster than two small ones.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size)
+        self.down = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
