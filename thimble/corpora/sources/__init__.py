@@ -1,0 +1,1 @@
+"""Where the text comes from: Debian packages, upstream downloads, a local folder."""
