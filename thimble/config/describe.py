@@ -53,7 +53,9 @@ def nearest_word(word: str, choices: Iterable[str]) -> str | None:
 
 def as_override(value: Any) -> str:
     """A value as one writes it on the right of ``key=``."""
-    return value if isinstance(value, str) else json.dumps(value, default=str).replace(", ", ",")
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
 def choices_of(field: FieldInfo) -> list[str]:

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
+from thimble.artifacts import write_text
 from thimble.config.describe import (
     as_override,
     choices_of,
@@ -30,6 +32,22 @@ from thimble.errors import ConfigError, DataError
 
 CONF = Path(__file__).parent.parent / "conf"
 CONFIG_FILE = "config.yaml"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text, since it has no point; here it is a number."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes a text that the loader would read as a number."""
+
+
+for kind in (Loader, Dumper):
+    kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 class Misspelt(ConfigError):
@@ -93,12 +111,8 @@ def load_run(run: str | os.PathLike[str]) -> Config:
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
     """Write every key with its value as YAML, such that ``load_run`` gives the same Config."""
-    import yaml
-
-    from thimble.artifacts import write_text
-
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_text(Path(path), text)
+    tree = config.model_dump(mode="json")
+    write_text(Path(path), yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def recipe_names() -> list[str]:
@@ -201,21 +215,26 @@ def compose(recipe: str, groups: Mapping[str, str]) -> dict[str, Any]:
     """The recipe's tree of plain values, with groups replaced and interpolations resolved."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra_compose(
-            f"recipe/{recipe}", [f"{group}={choice}" for group, choice in groups.items()]
-        )
-        tree = OmegaConf.to_container(composed, resolve=True)
+    # A program that uses Hydra itself has one initialized; it is put aside and back.
+    instance = GlobalHydra.instance()
+    theirs, instance.hydra = instance.hydra, None
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra_compose(
+                f"recipe/{recipe}", [f"{group}={choice}" for group, choice in groups.items()]
+            )
+    finally:
+        GlobalHydra.instance().hydra = theirs
+    tree = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(tree, dict)
     return tree  # type: ignore[return-value]
 
 
 def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The tree of a run folder's ``config.yaml``, or of any complete ``.yaml`` file."""
-    import yaml
-
     file = Path(path)
     if file.is_dir():
         file = file / CONFIG_FILE
@@ -232,14 +251,6 @@ def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"Recipes: {', '.join(recipe_names())}.",
         )
 
-    class Loader(yaml.SafeLoader):
-        """YAML 1.1 reads 1e-5 as text, since it has no point; here it is a number."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
