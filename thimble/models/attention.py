@@ -10,7 +10,7 @@ from thimble.models.layers import Linear, rotate
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, [B, K, capacity, C] each, filled from the left."""
+    """Keys and values of the positions seen so far: [B, K, capacity, C] each, filled from left."""
 
     def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
         self.keys = like.new_zeros(batch, heads, capacity, head_dim)
@@ -31,8 +31,9 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-# Up to this many positions a CPU trains faster with the scores written out: torch's CPU flash attention
-# needs several times its forward for its backward. benchmarks/train_cpu.py --attention measures it.
+# Up to this many positions a CPU trains faster with the scores written out: torch's CPU flash
+# attention takes several times its forward for its backward. At 256 positions the explicit form
+# took half the time, at 1024 as much (benchmarks/train_cpu.py --attention).
 SHORT = 512
 
 

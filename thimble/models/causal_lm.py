@@ -85,7 +85,7 @@ class CausalLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def new_state(self, batch: int, capacity: int | None = None) -> list[KVCache]:
-        """Empty caches for ``batch`` sequences of up to ``capacity`` (default: context) positions."""
+        """Empty caches for ``batch`` sequences of ``capacity`` (default: context) positions."""
         config = self.config
         like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
         length = min(capacity or config.max_position_embeddings, config.max_position_embeddings)

@@ -1,7 +1,7 @@
 """Our model as a native transformers checkpoint, and such checkpoints as our model.
 
-A plain attention model is a ``llama``, or a ``mistral`` where LlamaConfig refuses its shape (a hidden
-size that the number of heads does not divide). Both have the same tensors.
+A plain attention model is a ``llama``, or a ``mistral`` where LlamaConfig refuses its shape (a
+hidden size that the number of heads does not divide). Both have the same tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from thimble.artifacts import read_json
 from thimble.config.schema import ModelConfig
 from thimble.errors import DataError, nearest
-from thimble.models.causal_lm import CausalLM
+from thimble.models.causal_lm import Block, CausalLM
 
 NATIVE = ("llama", "mistral")
 WEIGHTS = "model.safetensors"
@@ -112,6 +112,7 @@ def to_native_tensors(model: CausalLM) -> dict[str, Tensor]:
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = model.head.weight
     for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         q, k, v = block.mixer.qkv.weight.split([heads, kv_heads, kv_heads])
         gate, up = block.mlp.gate_up.weight.chunk(2)
         layer = {

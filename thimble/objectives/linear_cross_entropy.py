@@ -1,8 +1,9 @@
 """Head and cross-entropy as one step that never holds all logits.
 
 The naive form keeps positions x vocabulary float32 logits for the backward pass: 1 GB for 8 x 1024
-positions of a 32,000-word vocabulary, and as much again for their gradient. Here each chunk of positions
-goes through the head, gives its losses and at once its share of the gradients; only those stay.
+positions of a 32,000-word vocabulary, and as much again for their gradient. Here each chunk of
+positions goes through the head, gives its losses and at once its share of the gradients; only those
+stay.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-# Logits held at a time. 2^22 float32 values are 16 MB: small enough to stay in a CPU's cache, where a
-# chunk is read several times. A GPU wants larger products.
+# Logits held at a time. 2^22 float32 values are 16 MB: small enough to stay in a CPU's cache, where
+# a chunk is read several times. A GPU wants larger products.
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
@@ -23,7 +24,7 @@ def chunk_rows(device: torch.device, vocab_size: int) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor) -> Tensor:
         rows = chunk_rows(hidden_nd.device, weight_vd.shape[0])
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         weight = weight_vd.to(hidden_nd.dtype)
@@ -53,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
@@ -73,7 +74,7 @@ def linear_cross_entropy(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each position in nats, float32 and shaped like ``targets``; 0 where ignored."""
+    """Cross-entropy of each position in nats: float32, shaped like ``targets``, 0 where ignored."""
     flat, index = hidden.flatten(0, -2), targets.flatten()
     rows = chunk_rows(hidden.device, weight_vd.shape[0])
     weight = weight_vd.to(hidden.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from thimble.models.causal_lm import CausalLM
@@ -15,10 +16,11 @@ class NextToken(nn.Module):
     split into micro-batches and processes, with any padding, gives the same gradient.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, *, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.hidden = torch.compile(model.hidden) if compiled else model.hidden
 
     def forward(self, inputs_bt: Tensor, targets_bt: Tensor) -> Tensor:
-        hidden = self.model.hidden(inputs_bt)
+        hidden = self.hidden(inputs_bt)
         return linear_cross_entropy(hidden, self.model.head.weight, targets_bt)

@@ -2,8 +2,8 @@
 
 The token stream is cut into windows of ``sequence_length`` targets. Each epoch visits every window
 once, in the order of a keyed permutation that can be evaluated at any place. So finding one's place
-costs the same at step 10 and at step 10^6, and the order does not depend on how a step is split into
-micro-batches or processes.
+costs the same at step 10 and at step 10^6, and the order does not depend on how a step is split
+into micro-batches or processes.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
 class Windows:
     """A token stream as windows of ``length`` inputs and the ``length`` tokens that follow each.
 
-    Neighbouring windows share one token (the last target of one is the first input of the next), so
-    every token but the first is a target exactly once an epoch. A tail shorter than a window is left
-    out of training; ``tail`` says how many tokens that is.
+    Neighbouring windows share one token (the last target of one is the first input of the next),
+    so every token but the first is a target exactly once an epoch. A tail shorter than a window is
+    left out of training; ``tail`` says how many tokens that is.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
@@ -56,7 +56,8 @@ class Windows:
         if self.count < 1:
             raise DataError(
                 f"The training split has {len(tokens):,} tokens, less than one window of "
-                f"{length + 1:,}. Use more text, or training.sequence_length={max(len(tokens) // 4, 8)}."
+                f"{length + 1:,}. Use more text, or a shorter window:\n"
+                f"  training.sequence_length={max(len(tokens) // 4, 1)}"
             )
         self.tail = len(tokens) - 1 - self.count * length
 
@@ -72,7 +73,7 @@ class Windows:
         return windows
 
     def batch(self, seen: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the ``size`` windows after the first ``seen``, int64 [size, length]."""
+        """Inputs and targets of the ``size`` windows after the first ``seen``: int64 [size, length]."""
         starts = self.order(seen, size) * self.length
         rows = self.tokens[starts[:, None] + np.arange(self.length + 1)].astype(np.int64)
         return rows[:, :-1], rows[:, 1:]

@@ -109,7 +109,7 @@ def save_model(directory: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
 def random_state() -> dict[str, Any]:
     """States of every generator a run could draw from, as tensors and plain numbers."""
     version, inner, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(inner), gauss],
@@ -126,9 +126,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(inner), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
+    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def restore(

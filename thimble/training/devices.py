@@ -39,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where the hardware multiplies in it, float16 on older GPUs, else float32."""
+    """``auto``: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
     if name != "auto":
         dtype = PRECISIONS[name]
         if device.type == "cuda" and dtype is torch.bfloat16 and not _cuda_bfloat16(device):

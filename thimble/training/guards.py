@@ -31,18 +31,18 @@ class Verdict:
 class StepGuard:
     """Watches loss and gradient norm of every step without a synchronisation with the host.
 
-    ``tripped`` [3] on the device holds the step, loss and norm of the first bad step, the step being
+    ``tripped`` [3] on the device holds the step, loss and norm of the first bad step; the step is
     -1 as long as there is none.
     """
 
     def __init__(self, device: torch.device, max_grad_norm: float) -> None:
         self.max_grad_norm = max_grad_norm
-        self.tripped = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+        self.tripped = torch.tensor([-1.0, 0.0, 0.0], device=device)
         # Pinned, so that the copy is queued behind the step instead of waiting for it.
-        self.seen = torch.full((3,), -1.0, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self.seen = torch.full((3,), -1.0, pin_memory=device.type == "cuda")
 
     def observe(self, step: int, loss: Tensor, norm: Tensor, half: bool) -> Tensor:
-        """Returns a float32 scalar: 1 when this update must be skipped, as optimizers understand it.
+        """Returns a float32 scalar: 1 when this update must be skipped (an optimizer's found_inf).
 
         ``half``: under a gradient scaler an infinite norm is no failure, it lowers the scale.
         """
@@ -51,7 +51,7 @@ class StepGuard:
             bad &= ~torch.isinf(norm)
         else:
             bad |= ~torch.isfinite(norm)
-        now = torch.stack([torch.full_like(loss, step), loss, norm]).double()
+        now = torch.stack([torch.full_like(loss, step), loss, norm.to(loss.dtype)])
         self.tripped = torch.where((self.tripped[0] < 0) & bad, now, self.tripped)
         self.seen.copy_(self.tripped, non_blocking=True)
         return (self.tripped[0] >= 0).float()
@@ -77,7 +77,7 @@ class StepGuard:
 def observe_loss(
     state: TrainerState, loss: float, log_every: int, plateau_steps: int
 ) -> Verdict | None:
-    """Update the smoothed loss in ``state`` with a logged one; a Verdict when it no longer falls."""
+    """Update the smoothed loss in ``state`` by a logged one; a Verdict when it no longer falls."""
     before = state.smoothed_loss
     # A run that logs rarely is smoothed less: the window stays about a thousand steps.
     weight = SMOOTHING ** (log_every / 100)

@@ -13,7 +13,7 @@ from thimble.config.schema import OptimConfig
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """Rate of the update number ``step`` (from 0): linear warm-up, cosine to ``min_lr_ratio``.
 
-    The first update has rate / warm-up, not zero; the last has exactly ``min_lr_ratio`` of the peak.
+    The first update has rate / warm-up, not zero; the last exactly ``min_lr_ratio`` of the peak.
     """
     peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
     if step < config.warmup_steps:
@@ -29,7 +29,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     A norm's scale has no direction to shrink, and a rare token's embedding, seldom updated, would
     fade between its occurrences. Each group carries ``names`` so that saved state can be matched.
     """
-    decay, keep = [], []
+    decay: list[tuple[str, nn.Parameter]] = []
+    keep: list[tuple[str, nn.Parameter]] = []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() >= 2 and id(parameter) not in embeddings

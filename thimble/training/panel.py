@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from typing import Any
@@ -12,12 +13,12 @@ TICKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: list[float], width: int = 48) -> str:
-    """The course of a curve in one line of ``width`` characters at most, each the mean of its part."""
+    """The course of a curve in at most ``width`` characters, each the mean of its part."""
     if not values:
         return ""
     width = min(width, len(values))
     edges = [round(i * len(values) / width) for i in range(width + 1)]
-    parts = [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [values[a:b] for a, b in itertools.pairwise(edges)]
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)
     span = (high - low) or 1.0

@@ -42,7 +42,7 @@ class Run:
 
 
 class RunFolder:
-    """``runs/<recipe>/<time>-<slug>``; the process that trains is the only one that writes to it."""
+    """``runs/<recipe>/<time>-<slug>``; only the process that trains writes to it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
