@@ -26,7 +26,7 @@ import pyarrow.parquet
 from thimble import artifacts
 from thimble.console import log, progress
 from thimble.errors import ConfigError, DataError, EnvironmentProblem
-from thimble.tokens import shards, splits
+from thimble.tokens import shards, splits, statistics
 from thimble.tokens.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train
 
 COLUMNS = ("id", "text", "source", "category", "group")
@@ -107,11 +107,12 @@ def build(
     with ExitStack() as stack:
         out = stack.enter_context(artifacts.atomic_directory(target))
         pool = stack.enter_context(_pool(count))
-        documents, sources = scan(groups, pool)
+        documents = scan(groups, pool)
         plan = splits.plan(documents)
         used = existing or train_tokenizer(groups, documents, plan, vocab_size)
         used.save(out)
-        counts, frequency = encode(groups, plan, used, out, pool)
+        counts, frequency, changed = encode(groups, plan, used, out, pool)
+        statistics.write(out, used, counts, frequency, len(groups), changed)
         artifacts.write_json(out / "vocab.json", used.vocabulary())
         artifacts.write_manifest(
             out,
@@ -208,8 +209,8 @@ def _in_order(pool: Executor | ExitStack, function: Callable, tasks: Iterable[tu
             future.cancel()
 
 
-def scan(groups: list[RowGroup], pool: Any) -> tuple[splits.Documents, list[str]]:
-    """Hashes, source and size of every document, and the names of the sources."""
+def scan(groups: list[RowGroup], pool: Any) -> splits.Documents:
+    """Hashes, source and size of every document, in order."""
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     sources: dict[str, int] = {}
     with progress("scan", sum(group.rows for group in groups), "documents") as advance:
@@ -218,7 +219,7 @@ def scan(groups: list[RowGroup], pool: Any) -> tuple[splits.Documents, list[str]
             found.append((group, text, np.array(codes, dtype=np.int32), size))
             advance(len(size))
     columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-    return splits.Documents(*columns), list(sources)
+    return splits.Documents(*columns)
 
 
 def _scan(group: RowGroup) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
@@ -267,75 +268,82 @@ def train_tokenizer(
     return trained
 
 
-@dataclass
-class Encoded:
-    """One split's share of a row group."""
-
-    ids: np.ndarray
-    documents: dict[str, list[Any]]
-
-
 def encode(
     groups: list[RowGroup], plan: splits.Plan, tokenizer: Tokenizer, out: Path, pool: Any
-) -> tuple[dict[str, dict[str, int]], np.ndarray]:
-    """Write the shards; the counts of each split and how often train has each id."""
+) -> tuple[dict[str, dict[str, int]], np.ndarray, list[str]]:
+    """Write the shards.
+
+    Returns the counts of each split, how often train has each id (int64 [vocab_size]), and the
+    names of documents that decoding changed; one of each row group is tried.
+    """
     dtype = shards.dtype_for(tokenizer.vocab_size)
-    writers = [shards.SplitWriter(out, split, dtype) for split in shards.SPLITS]
     frequency = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    changed: list[str] = []
 
     def tasks() -> Iterator[tuple]:
+        cut = sorted(plan.cuts)
         for group in groups:
             last = group.first + group.rows
             cuts = {
                 index - group.first: plan.cuts[index]
-                for index in plan.cuts
+                for index in cut
                 if group.first <= index < last
             }
-            yield out, group, plan.split[group.first : last], cuts
+            yield out, tokenizer.fingerprint, group, plan.split[group.first : last], cuts
 
-    try:
-        with progress("tokenize", sum(group.rows for group in groups), "documents") as advance:
-            for rows, encoded in _in_order(pool, _encode, tasks()):
-                for split, part in encoded.items():
-                    writers[split].append(part.ids, part.documents)
-                    if split == splits.TRAIN:
-                        frequency += np.bincount(part.ids, minlength=len(frequency))
-                advance(rows)
-    finally:
-        for writer in writers:
-            writer.close()
-    return {
-        name: writer.counts for name, writer in zip(shards.SPLITS, writers, strict=True)
-    }, frequency
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(shards.SplitWriter(out, split, dtype)) for split in shards.SPLITS
+        ]
+        advance = stack.enter_context(
+            progress("tokenize", sum(group.rows for group in groups), "documents")
+        )
+        for rows, parts, lost in _in_order(pool, _encode, tasks()):
+            for split, ids, documents in parts:
+                writers[split].append(ids, documents)
+                if split == splits.TRAIN:
+                    frequency += np.bincount(ids, minlength=len(frequency))
+            changed += lost
+            advance(rows)
+    counts = {split: writer.counts for split, writer in zip(shards.SPLITS, writers, strict=True)}
+    return counts, frequency, changed
 
 
-_loaded: dict[Path, Tokenizer] = {}
+_loaded: dict[str, Tokenizer] = {}  # of this process, by fingerprint
 
 
 def _encode(
-    out: Path, group: RowGroup, split: np.ndarray, cuts: dict[int, list[tuple[int, int]]]
-) -> tuple[int, dict[int, Encoded]]:
-    tokenizer = _loaded.get(out) or _loaded.setdefault(out, load_tokenizer(out))
-    ids, texts, sources, categories = group.read("id", "text", "source", "category")
-    by_split: dict[int, list[tuple[str, str, str, str]]] = {}
+    out: Path,
+    fingerprint: str,
+    group: RowGroup,
+    split: np.ndarray,
+    cuts: dict[int, list[tuple[int, int]]],
+) -> tuple[int, list[tuple[int, np.ndarray, dict[str, Any]]], list[str]]:
+    """One row group: rows, (split, ids, columns) of each split, and what did not come back."""
+    if fingerprint not in _loaded:
+        _loaded.clear()
+        _loaded[fingerprint] = load_tokenizer(out)
+    tokenizer = _loaded[fingerprint]
+    names, texts, sources, categories = group.read("id", "text", "source", "category")
+    rows: dict[int, list[tuple[str, int]]] = {}
     for row, text in enumerate(texts):
         for which, piece in splits.pieces(text, int(split[row]), cuts.get(row, [])):
-            by_split.setdefault(which, []).append((ids[row], sources[row], categories[row], piece))
-    result = {}
-    for which, rows in by_split.items():
-        encoded = tokenizer.encode_batch([row[3] for row in rows])
-        flat: list[int] = []
-        for tokens in encoded:
-            flat += tokens
-            flat.append(tokenizer.eot_id)
-        result[which] = Encoded(
-            np.array(flat, dtype=shards.dtype_for(tokenizer.vocab_size)),
-            {
-                "id": [row[0] for row in rows],
-                "source": [row[1] for row in rows],
-                "category": [row[2] for row in rows],
-                "tokens": [len(tokens) + 1 for tokens in encoded],
-                "bytes": [len(row[3].encode()) for row in rows],
-            },
+            rows.setdefault(which, []).append((piece, row))
+    parts = []
+    for which, members in rows.items():
+        ids, lengths = tokenizer.pack([piece for piece, _ in members])
+        parts.append(
+            (
+                which,
+                ids,
+                {
+                    "id": [names[row] for _, row in members],
+                    "source": [sources[row] for _, row in members],
+                    "category": [categories[row] for _, row in members],
+                    "tokens": lengths,
+                    "bytes": np.array([len(piece.encode()) for piece, _ in members]),
+                },
+            )
         )
-    return group.rows, result
+    same = tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
+    return group.rows, parts, [] if same else [names[0]]

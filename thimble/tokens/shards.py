@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,49 +26,41 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-class SplitWriter:
+class SplitWriter(contextlib.ExitStack):
     """Appends documents to ``<split>.bin`` and their table; memory does not grow with them."""
 
     def __init__(self, directory: Path, split: str, dtype: np.dtype) -> None:
         import pyarrow
         import pyarrow.parquet
 
+        super().__init__()
         self.dtype = dtype
-        self.schema = pyarrow.schema(
-            [
-                ("id", pyarrow.string()),
-                ("source", pyarrow.string()),
-                ("category", pyarrow.string()),
-                ("start", pyarrow.int64()),
-                ("tokens", pyarrow.int64()),
-                ("bytes", pyarrow.int64()),
-            ]
-        )
+        columns = dict.fromkeys(("id", "source", "category"), pyarrow.string())
+        columns |= dict.fromkeys(("start", "tokens", "bytes"), pyarrow.int64())
+        self.schema = pyarrow.schema(columns)
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
-        self.file = open(directory / f"{split}.bin", "wb")  # noqa: SIM115
-        self.table = pyarrow.parquet.ParquetWriter(
-            directory / f"{split}.documents.parquet", self.schema, compression="zstd"
+        self.file = self.enter_context(open(directory / f"{split}.bin", "wb"))  # noqa: SIM115
+        self.table = self.enter_context(
+            pyarrow.parquet.ParquetWriter(
+                directory / f"{split}.documents.parquet", self.schema, compression="zstd"
+            )
         )
 
-    def append(self, ids: np.ndarray, documents: dict[str, list[Any]]) -> None:
+    def append(self, ids: np.ndarray, documents: dict[str, Any]) -> None:
         """``ids``: the documents' tokens one after the other, each with its end-of-text token.
 
-        ``documents``: the table's columns without ``start``.
+        ``documents``: the table's columns without ``start``; ``tokens`` and ``bytes`` as arrays.
         """
         import pyarrow
 
-        tokens = np.asarray(documents["tokens"], dtype=np.int64)
+        tokens = documents["tokens"]
         assert tokens.sum() == len(ids)
         start = self.counts["tokens"] + np.cumsum(tokens) - tokens
         self.file.write(ids.astype(self.dtype, copy=False).tobytes())
         self.table.write_table(pyarrow.table({**documents, "start": start}, schema=self.schema))
         self.counts["documents"] += len(tokens)
         self.counts["tokens"] += len(ids)
-        self.counts["bytes"] += int(sum(documents["bytes"]))
-
-    def close(self) -> None:
-        self.table.close()
-        self.file.close()
+        self.counts["bytes"] += int(documents["bytes"].sum())
 
 
 class TokenSplit:
@@ -93,8 +86,8 @@ class TokenSplit:
         if size != expected * self.dtype.itemsize:
             raise DataError(
                 f"{path} has {size:,} bytes, but its manifest says {expected:,} tokens of "
-                f"{self.dtype.itemsize} bytes each ({expected * self.dtype.itemsize:,}). It was cut "
-                f"off or changed; make it again with:\n  {MAKE}"
+                f"{self.dtype.itemsize} bytes each ({expected * self.dtype.itemsize:,}). It was "
+                f"cut off or changed; make it again with:\n  {MAKE}"
             )
         self.tokens: np.memmap = np.memmap(path, dtype=self.dtype, mode="r", shape=(expected,))
         self._check_ids(path)

@@ -48,9 +48,8 @@ class Documents:
 class Plan:
     split: np.ndarray  # uint8 [N]; of a document that is cut, where its first piece goes
     cuts: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    """document -> [(byte offset, split)]: from that offset on, to the next line's end, that split"""
-    merged: int = 0
-    """documents whose text another group also has"""
+    """document -> [(byte offset, split)]: after the line with that byte begins that split"""
+    merged: int = 0  # documents whose text another group also has
 
 
 def plan(documents: Documents) -> Plan:
