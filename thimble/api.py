@@ -6,8 +6,7 @@ Errors are those of ``thimble.errors``.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,12 @@ from thimble.console import log
 from thimble.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from thimble.config.schema import Config
     from thimble.evaluation.acceptance import Acceptance
     from thimble.generation import Model
     from thimble.training import Run
     from thimble.training.plan import Plan
 
-PathLike = str | os.PathLike[str]
+PathLike = str | Path
 
 
 def build_corpus(
@@ -122,65 +120,35 @@ def train(
     ``overrides`` are ``"key=value"``, ``nested`` gives values as objects:
     ``train("slm_nano", optim={"learning_rate": 1e-3})``. ``resume`` is a run or a checkpoint to go
     on from, whose saved configuration then counts (with the overrides), or ``"auto"``: the newest
-    run of the recipe, or a new one if there is none.
+    run of the recipe. What the plan warns of is logged before the first step.
     """
-    config = _config_of_run(recipe, overrides, nested, resume)
-    if resume == "auto":
-        resume = newest_run(config)
-        if resume:
-            config = _config_of_run(recipe, overrides, nested, resume)
-        else:
-            log.info("There is no run of %s to resume; starting a new one.", config.recipe)
-    from thimble.training import train as start  # heavy: after what the user got wrong
-
-    return start(config, resume=Path(resume) if resume else None)
-
-
-def _config_of_run(
-    recipe: PathLike | None,
-    overrides: Sequence[str],
-    nested: Mapping[str, Any],
-    resume: PathLike | None,
-) -> Config:
-    """The recipe's configuration, or the one that a run to be resumed has saved."""
     from thimble.config.load import load as load_config
 
-    if resume not in (None, "auto"):
-        run = run_of(resume)
-        config = load_config(run, overrides, nested)
-        if recipe is not None and config.recipe not in (str(recipe), nested.get("recipe")):
-            raise ConfigError(
-                f"{run} is a run of {config.recipe}, not of {recipe}. Resume it with:\n"
-                f"  thimble train {config.recipe} --resume {resume}"
-            )
-        return config
-    if recipe is None:
+    if recipe is None and resume in (None, "auto"):
         raise ConfigError(
             "Which recipe? For example:\n  thimble train slm_nano\nAll recipes: thimble recipes"
         )
-    return load_config(recipe, overrides, nested)
+    config = None if recipe is None else load_config(recipe, overrides, nested)
+    # What is heavy comes after the check of what was typed.
+    from thimble.training import plan as planning
+    from thimble.training import train as start
+    from thimble.training.run import RunFolder
 
-
-def newest_run(config: Config) -> Path | None:
-    """The newest run of this recipe that has a checkpoint."""
-    from thimble.config.load import CONFIG_FILE
-
-    runs = Path(config.output_dir).glob(f"{config.recipe}/*/{CONFIG_FILE}")
-    resumable = (file.parent for file in runs if any((file.parent / "checkpoints").glob("step-*")))
-    return max(resumable, key=lambda run: run.name, default=None)
-
-
-def run_of(path: PathLike) -> Path:
-    """The run folder that ``path``, a run or one of its checkpoints, belongs to."""
-    from thimble.config.load import CONFIG_FILE
-
-    path = Path(path)
-    for folder in (path, path.parent.parent):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    if not path.exists():
-        raise DataError(f"There is no run and no checkpoint at {path}.")
-    raise DataError(f"{path} is neither a run nor a checkpoint inside one: no {CONFIG_FILE}.")
+    if resume is None:
+        assert config is not None
+        for warning in planning.plan(config).warnings:
+            log.warning("%s", warning)
+        return start(config)
+    if config is not None and resume == "auto":
+        resume = RunFolder.newest(config.output_dir, config.recipe).path
+    run = RunFolder.containing(resume).path
+    saved = load_config(run, overrides, nested)
+    if config is not None and config.recipe != saved.recipe:
+        raise ConfigError(
+            f"{run} is a run of {saved.recipe}, not of {config.recipe}. Resume it with:\n"
+            f"  thimble train {saved.recipe} --resume {resume}"
+        )
+    return start(saved, resume=resume)
 
 
 def load(path: PathLike, device: str = "auto") -> Model:
@@ -224,8 +192,20 @@ def chat(
     stream: Callable[[str], object] | None = None,
     **sampling: Any,
 ) -> list[dict[str, str]]:
-    """Answer one message after the other; returns the conversation as roles and texts."""
-    return load(path, device).chat(messages, stream=stream, **sampling)
+    """Answer one message after the other; returns the conversation as roles and contents.
+
+    ``messages`` may be a generator that asks a person: the next message is taken when the last one
+    has been answered. ``stream`` and ``sampling`` as in ``generate``; an answer ends with "\\n".
+    """
+    model = load(path, device)
+    conversation: list[dict[str, str]] = []
+    for message in messages:
+        conversation.append({"role": "user", "content": message})
+        answer = model.chat(conversation, stream=stream, **sampling)
+        conversation.append({"role": "assistant", "content": answer})
+        if stream:
+            stream("\n")
+    return conversation
 
 
 def inspect(path: PathLike) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +52,13 @@ def _artefact(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    config = load_run(path)
-    training: list[dict[str, Any]] = []
-    evaluations: list[dict[str, Any]] = []
-    events: list[dict[str, Any]] = []
-    for record in _records(path / "metrics.jsonl"):
-        kinds = {"event": events, "val_loss": evaluations, "loss": training}
-        for key, records in kinds.items():
-            if key in record:
-                records.append(record)
-                break
-    checkpoints = path / "checkpoints"
+    from thimble.training.run import RunFolder  # imports torch
+
+    config, run = load_run(path), RunFolder(path)
+    records = run.records()
+    training = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if "val_loss" in record]
+    best, latest = run.pointed("best"), run.pointed("latest")
     return {
         "kind": "run",
         "path": str(path),
@@ -72,26 +67,8 @@ def _run(path: Path) -> dict[str, Any]:
         "steps": f"{training[-1]['step'] if training else 0} of {config.training.max_steps}",
         "last training record": training[-1] if training else None,
         "last evaluation": evaluations[-1] if evaluations else None,
-        "events": events,
-        "checkpoints": sorted(folder.name for folder in checkpoints.glob("step-*")),
-        **{
-            name: (checkpoints / name).read_text(encoding="utf-8").strip()
-            for name in ("latest", "best")
-            if (checkpoints / name).is_file()
-        },
+        "events": [record for record in records if "event" in record],
+        "checkpoints": sorted(folder.name for folder in run.checkpoints.glob("step-*")),
+        "latest": latest.name if latest else None,
+        "best": best.name if best else None,
     }
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that is still being written is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise DataError(f"{path}, line {number} is damaged: {error}.") from error
-    return records

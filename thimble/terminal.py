@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -41,14 +42,18 @@ def show(result: Any, *, as_json: bool) -> int:
     """Print what a verb returned; the exit status is 3 if it was a judgement and not passed."""
     if isinstance(result, Path):
         result = {"path": result}
-    for warning in [] if as_json else getattr(result, "warnings", []):
-        log.warning("%s", warning)
-    if as_json:
-        print(json.dumps(as_data(result), ensure_ascii=False))
+    data = as_data(result)
+    if os.environ.get("RANK", "0") != "0":
+        pass  # one of several processes of torchrun; the first one speaks
+    elif as_json:
+        print(json.dumps(data, ensure_ascii=False))
     elif hasattr(result, "render"):
         result.render(console())
-    elif result is not None:
-        show_table(as_data(result))
+    elif data is not None:
+        warnings = data.pop("warnings", None) or []
+        show_table(data)
+        for warning in warnings:
+            log.warning("%s", warning)
     return 3 if getattr(result, "accepted", True) is False else 0
 
 
@@ -83,11 +88,12 @@ def show_table(data: Mapping[str, Any]) -> None:
 
 
 def _lines(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in data.items():
+    for name, value in data.items():
+        key = prefix + (name.replace("_", " ") if name.isidentifier() else name)
         if isinstance(value, dict) and value:
-            yield from _lines(value, f"{prefix}{key} / ")
+            yield from _lines(value, f"{key} / ")
         else:
-            yield f"{prefix}{key}", _words(value)
+            yield key, "none" if value is None or value == {} else _words(value)
 
 
 def _words(value: Any) -> str:

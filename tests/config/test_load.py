@@ -262,6 +262,14 @@ def test_a_group_is_replaced_as_a_whole_and_what_depends_on_it_follows() -> None
     assert config.training.max_steps == 3
 
 
+def test_what_a_recipe_derives_from_a_number_follows_it() -> None:
+    config = load("slm_nano", ["model.max_position_embeddings=64", "model.vocab_size=300"])
+    assert config.training.sequence_length == 64
+    assert config.data.path == "data/tokens/os_kernel-quick-300"
+    config = load("slm_nano", ["model.vocab_size=300", "data.path=x"])
+    assert config.data.path == "x"
+
+
 def test_an_unknown_choice_of_a_group_is_answered_with_the_nearest() -> None:
     for group, choices in group_choices().items():
         for choice in choices:

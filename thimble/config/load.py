@@ -88,7 +88,7 @@ def load(
                 f"Choices of {group}: {', '.join(group_choices()[group])}.",
             )
     if str(recipe) in recipe_names():
-        tree = compose(str(recipe), groups)
+        tree = compose(str(recipe), groups, values)
     else:
         tree = read_tree(recipe)
         if groups:
@@ -211,8 +211,12 @@ def check_key(key: str, value: Any) -> None:
     )
 
 
-def compose(recipe: str, groups: Mapping[str, str]) -> dict[str, Any]:
-    """The recipe's tree of plain values, with groups replaced and interpolations resolved."""
+def compose(recipe: str, groups: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's tree of plain values, with groups replaced and interpolations resolved.
+
+    Numbers among ``values`` are set before that, so that what a recipe derives from them follows:
+    ``data.path`` from ``model.vocab_size``, the window from the context.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -228,6 +232,9 @@ def compose(recipe: str, groups: Mapping[str, str]) -> dict[str, Any]:
             )
     finally:
         GlobalHydra.instance().hydra = theirs
+    for key, value in values.items():
+        if isinstance(value, int | float):
+            OmegaConf.update(composed, key, value, force_add=True)
     tree = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(tree, dict)
     return tree  # type: ignore[return-value]

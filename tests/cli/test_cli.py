@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import thimble
+from tests.helpers_cli import Command
+from thimble import api, cli, errors
+from thimble.config.load import load, recipe_names
+
+
+@pytest.fixture
+def thimble_command(capfd: pytest.CaptureFixture[str]) -> Command:
+    return Command(capfd)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """Every function of the API replaced by one that notes how it was called."""
+    made: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(name: str) -> Any:
+        return lambda *args, **options: made.append((name, args, options))
+
+    for name in ("build_corpus", "build_tokens", "plan", "train", "accept", "generate", "chat"):
+        monkeypatch.setattr(api, name, note(name))
+    return made
+
+
+def lines_to_paste(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.startswith("  thimble ")]
+
+
+# ------------------------------------------------------------------------- what each verb calls
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "args", "options"),
+    [
+        ("corpus build os_kernel", "build_corpus", ("os_kernel",), {"scale": "quick"}),
+        ("corpus build os_kernel scale=full", "build_corpus", ("os_kernel",), {"scale": "full"}),
+        ("corpus build os_kernel --scale full", "build_corpus", ("os_kernel",), {"scale": "full"}),
+        ("corpus build --from a --from b", "build_corpus", (None,), {"sources": ["a", "b"]}),
+        ("corpus build mine --from a -o c", "build_corpus", ("mine",), {"output": "c"}),
+        ("corpus build x --workers 2 --seed 3", "build_corpus", ("x",), {"workers": 2, "seed": 3}),
+        ("tokens build x", "build_tokens", ("x",), {"vocab_size": None, "tokenizer": None}),
+        ("tokens build x --vocab-size 9", "build_tokens", ("x",), {"vocab_size": 9}),
+        ("tokens build x --tokenizer t.model", "build_tokens", ("x",), {"tokenizer": "t.model"}),
+        ("plan slm_nano seed=2", "plan", ("slm_nano", "seed=2"), {}),
+        ("train slm_nano", "train", ("slm_nano",), {"resume": None}),
+        ("train slm_nano --a.b c seed=2", "train", ("slm_nano", "--a.b", "c", "seed=2"), {}),
+        ("train slm_nano --a.b=c", "train", ("slm_nano", "--a.b=c"), {}),
+        ("train slm_nano --max-steps 5", "train", ("slm_nano", "training.max_steps=5"), {}),
+        ("train slm_nano --resume", "train", ("slm_nano",), {"resume": "auto"}),
+        ("train --resume slm_nano", "train", ("slm_nano",), {"resume": "auto"}),
+        ("train slm_nano --resume auto", "train", ("slm_nano",), {"resume": "auto"}),
+        ("train slm_nano --resume seed=2", "train", ("slm_nano", "seed=2"), {"resume": "auto"}),
+        ("train slm_nano --resume --json", "train", ("slm_nano",), {"resume": "auto"}),
+        ("train --resume runs/a", "train", (None,), {"resume": "runs/a"}),
+        ("train --resume=runs/a seed=2", "train", (None, "seed=2"), {"resume": "runs/a"}),
+        ("train --resume runs/a --a.b c", "train", (None, "--a.b", "c"), {"resume": "runs/a"}),
+        ("accept x", "accept", ("x",), {"split": "val"}),
+        ("accept x --split test", "accept", ("x",), {"split": "test"}),
+        ("generate x --prompt p", "generate", ("x",), {"prompt": "p", "message": None}),
+        (
+            "generate x --message m --temperature 0 --top-k 3 --top-p 0.5 --seed 4 --max-tokens 6",
+            "generate",
+            ("x",),
+            {"message": "m", "temperature": 0, "top_k": 3, "top_p": 0.5, "seed": 4}
+            | {"max_tokens": 6},
+        ),
+    ],
+)
+def test_a_verb_parses_and_calls_one_function(
+    thimble_command: Command,
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]],
+    words: str,
+    name: str,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    answer = thimble_command(*shlex.split(words))
+    assert answer.status == 0, answer.err
+    ((called, given, with_options),) = calls
+    assert (called, given) == (name, args)
+    assert with_options.items() >= options.items()
+
+
+def test_a_path_after_from_is_a_source_too(
+    thimble_command: Command, calls: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "b=c.txt").touch()
+    thimble_command("corpus", "build", "--from", "a", str(tmp_path / "b=c.txt"))
+    assert calls[0][1] == (None,)
+    assert calls[0][2]["sources"] == ["a", str(tmp_path / "b=c.txt")]
+
+
+# ------------------------------------------------------------------------- the nearest right line
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("trian slm_nano seed=2", "train slm_nano seed=2"),
+        ("corpus buid os_kernel", "corpus build os_kernel"),
+        ("token build x", "tokens build x"),
+        ("generate x --promt hi", "generate x --prompt hi"),
+        ("generate x --temprature=1 --prompt hi", "generate x --temperature=1 --prompt hi"),
+        ("train slm_nanoo", "train slm_nano"),
+        ("plan smal", "plan slm_small"),
+        ("train slm_nano optim.lerning_rate=2", "train slm_nano optim.learning_rate=2"),
+        ("train slm_nano --optim.lr 3e-4 seed=1", "train slm_nano optim.learning_rate=3e-4 seed=1"),
+        ("train slm_nano --optim.lr=3e-4", "train slm_nano optim.learning_rate=3e-4"),
+        ("train slm_nano --max-step 5", "train slm_nano --max-steps 5"),
+        ("train slm_nano --reusme", "train slm_nano --resume"),
+        ("plan slm_nano model=slm_tni", "plan slm_nano model=slm_tiny"),
+        ("corpus build os_kernel scal=full", "corpus build os_kernel scale=full"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_line_as_it_was_meant(
+    thimble_command: Command, wrong: str, right: str
+) -> None:
+    answer = thimble_command(*shlex.split(wrong))
+    assert answer.status == 2
+    assert answer.out == ""
+    assert lines_to_paste(answer.err) == [f"thimble {right}"]
+    assert "Traceback" not in answer.err
+
+
+def test_an_impossible_shape_is_answered_with_overrides(thimble_command: Command) -> None:
+    answer = thimble_command("train", "slm_nano", "model.num_attention_heads=5")
+    assert answer.status == 2
+    assert "\n  model.num_key_value_heads=1\n  model.num_attention_heads=4\n" in answer.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan",
+        "train",
+        "generate x",
+        "generate x --prompt a --message b",
+        "train slm_nano --max-steps soon",
+        "train slm_nano -x",
+        "train slm_nano seed",
+        "corpus build",
+        "corpus build a b",
+        "tokens build x --vocab-size 1",
+        "tokens build x --vocab-size 9 --tokenizer t",
+        "--nonsense",
+        "explain nonsense",
+    ],
+)
+def test_wrong_use_gives_status_2_and_says_what_to_do(thimble_command: Command, words: str) -> None:
+    answer = thimble_command(*shlex.split(words))
+    assert answer.status == 2
+    assert answer.err.startswith("error: ")
+    assert answer.out == ""
+
+
+# ------------------------------------------------------------------------- output and statuses
+
+
+def test_json_is_exactly_one_object_before_and_after_the_verb(thimble_command: Command) -> None:
+    for words in (("--json", "recipes"), ("recipes", "--json"), ("recipes", "--json", "-q")):
+        rows = json.loads(thimble_command(*words).out)["recipes"]
+        assert [row["recipe"] for row in rows] == recipe_names()
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("trian", 2),
+        ("train slm_nan", 2),
+        ("inspect /nowhere", 5),
+        ("explain --nonsense", 2),
+        ("generate", 2),
+    ],
+)
+def test_json_errors_are_one_object_with_the_status(
+    thimble_command: Command, words: str, status: int
+) -> None:
+    answer = thimble_command("--json", *shlex.split(words))
+    said = json.loads(answer.out)
+    assert answer.status == said["status"] == status
+    assert set(said) == {"error", "status"}
+    assert said["error"]
+
+
+def test_json_has_no_nan(thimble_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x"), "d": None}
+    monkeypatch.setattr(api, "inspect", lambda path: values)
+    answer = thimble_command("inspect", "x", "--json")
+    assert json.loads(answer.out) == {"a": None, "b": [None, 1.5], "c": "x", "d": None}
+    assert "NaN" not in answer.out
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.ConfigError("no"), 2),
+        (errors.NotAccepted("no"), 3),
+        (errors.GuardStop("no"), 4),
+        (errors.DataError("no"), 5),
+        (errors.EnvironmentProblem("no"), 6),
+        (errors.Interrupted("no"), 75),
+        (PermissionError(13, "Permission denied", "/x"), 6),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("no"), 1),
+    ],
+)
+def test_every_error_has_its_status_and_shows_a_traceback_only_when_asked(
+    thimble_command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "train", fail)
+    answer = thimble_command("train", "slm_nano")
+    assert answer.status == status
+    assert answer.out == ""
+    assert answer.err
+    assert "Traceback" not in answer.err
+    assert json.loads(thimble_command("train", "slm_nano", "--json").out)["status"] == status
+    if status != 130:  # the parser ends an interrupted command itself
+        assert "Traceback" in thimble_command("train", "slm_nano", "-v").err
+        assert "Traceback" in thimble_command("-v", "train", "slm_nano").err
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"`thimble ([a-z][^`]*)`", PAGE))))
+def test_every_command_of_the_documentation_is_one(
+    thimble_command: Command, calls: list[Any], monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr(api, "inspect", lambda path: calls.append(("inspect", (path,), {})))
+    answer = thimble_command(*shlex.split(line.replace("[KEY]", "optim")))
+    assert answer.status == 0, answer.err
+    for name, args, _ in calls:
+        if name in ("plan", "train") and args[0]:
+            load(args[0], args[1:])
+
+
+def test_the_statuses_are_those_of_the_documentation() -> None:
+    table = PAGE.partition("## Exit status")[2]
+    for kind in errors.ThimbleError.__subclasses__():
+        if kind.__module__ == errors.__name__:
+            assert f"| {kind.status} |" in table
+    for status in (0, 1, 130):
+        assert f"| {status} |" in table
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_judgement_decides_the_status(
+    thimble_command: Command, monkeypatch: pytest.MonkeyPatch, accepted: bool
+) -> None:
+    judgement = SimpleNamespace(accepted=accepted, to_dict=lambda: {"accepted": accepted})
+    monkeypatch.setattr(api, "accept", lambda *args, **options: judgement)
+    answer = thimble_command("accept", "x", "--json")
+    assert answer.status == (0 if accepted else 3)
+    assert json.loads(answer.out) == {"accepted": accepted}
+
+
+def test_warnings_of_a_plan_go_to_standard_error(
+    thimble_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = SimpleNamespace(to_dict=lambda: {"steps": 7, "warnings": ["too long"]})
+    monkeypatch.setattr(api, "plan", lambda *args, **options: made)
+    answer = thimble_command("plan", "slm_nano")
+    assert "too long" not in answer.out
+    assert "warning: too long" in answer.err
+    answer = thimble_command("plan", "slm_nano", "--json")
+    assert json.loads(answer.out)["warnings"] == ["too long"]
+
+
+def test_generated_text_streams_and_is_the_only_output(
+    thimble_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speak(path: str, stream: Any = None, **options: Any) -> str:
+        for piece in ("one ", "[two]"):
+            if stream:
+                stream(piece)
+        return "one [two]"
+
+    monkeypatch.setattr(api, "generate", speak)
+    assert thimble_command("generate", "x", "--prompt", "p").out == "one [two]\n"
+    answer = thimble_command("generate", "x", "--prompt", "p", "--json")
+    assert json.loads(answer.out) == {"text": "one [two]"}
+
+
+def test_a_person_sees_tables(thimble_command: Command) -> None:
+    answer = thimble_command("recipes")
+    assert all(name in answer.out for name in recipe_names())
+    assert "10,390,784" in answer.out
+    answer = thimble_command("explain", "optim.learning_rate")
+    assert "0.0003" in answer.out
+    assert "above 0" in answer.out
+
+
+def test_version(thimble_command: Command) -> None:
+    assert thimble_command("--version").out == f"thimble {thimble.__version__}\n"
+    for words in (("--version", "--json"), ("--json", "--version")):
+        assert json.loads(thimble_command(*words).out) == {"version": thimble.__version__}
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["corpus"], ["train", "-h"]])
+def test_help(thimble_command: Command, words: list[str]) -> None:
+    answer = thimble_command(*words)
+    assert answer.status == 0
+    assert "Usage: thimble" in answer.out
+
+
+# ------------------------------------------------------------------------- the process
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=60,
+        check=False,
+    )
+
+
+HEAVY = ["torch", "transformers", "pyarrow", "datatrove", "hydra", "matplotlib", "numpy"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys; from thimble.cli import main; status = main("
+        f"{words}); print([name for name in {HEAVY} if name in sys.modules]); sys.exit(status)"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_import_thimble_is_light_and_leads_to_the_api() -> None:
+    code = (
+        "import sys, thimble; before = set(sys.modules); "
+        f"assert not [name for name in {HEAVY} if name in before]; "
+        "from thimble import api; "
+        "assert all(getattr(thimble, name) is getattr(api, name) for name in thimble.__all__)"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError):
+        thimble.nonsense  # noqa: B018
+
+
+def test_python_m_thimble_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "thimble", "trian"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "thimble train" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    code = "import sys; from thimble.cli import main; sys.exit(main(['explain']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    process.wait(timeout=60)
+
+
+def test_a_full_disk_at_standard_output_is_said() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "thimble", "recipes"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 6
+    assert "No space left on device" in done.stderr
+
+
+def complete(line: str) -> list[str]:
+    words = shlex.split(line)
+    number = len(words) - 1 if not line.endswith(" ") else len(words)
+    code = "from thimble.cli import main; main([])"
+    done = python(code, _THIMBLE_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(number))
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("thimble tra", ["train"]),
+        ("thimble train slm_t", ["slm_tiny"]),
+        ("thimble train slm_nano optim.le", ["optim.learning_rate="]),
+        (
+            "thimble train slm_nano training.compile=o",
+            ["training.compile=on", "training.compile=off"],
+        ),
+        ("thimble plan slm_nano model=slm_s", ["model=slm_small"]),
+        ("thimble explain guards.p", ["guards.plateau_steps"]),
+        ("thimble generate --mess", ["--message"]),
+    ],
+)
+def test_the_shell_completes_verbs_recipes_keys_and_choices(line: str, expected: list[str]) -> None:
+    assert complete(line) == expected
+
+
+def test_fill_resume_leaves_everything_else_alone() -> None:
+    words = ["train", "slm_nano", "--resumes", "x", "--prompt", "--resume=here"]
+    assert cli.fill_resume(words) == words
