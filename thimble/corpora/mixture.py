@@ -1,28 +1,50 @@
-"""Reach the shares of a mixture by sampling: nothing is repeated, whole groups are kept or left."""
+"""Reach the shares of a mixture by sampling: nothing is repeated, a group is kept or left whole."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 
-from thimble.corpora.extract import Text
+from thimble.errors import DataError
 
 
-def sample(texts, shares, size, seed):
-    groups = defaultdict(lambda: defaultdict(list))
-    available = defaultdict(int)
-    for t in texts:
-        n = len(t.text.encode())
-        groups[t.category][t.group].append((t, n))
-        available[t.category] += n
-    total = min(available[c] / s for c, s in shares.items())
-    if size: total = min(total, size)
-    kept = []
-    for c, s in shares.items():
-        left = total * s
-        for g in sorted(groups[c], key=lambda g: hashlib.sha256(f"{seed}:{g}".encode()).digest()):
-            if left <= 0: break
-            kept += [t for t, _ in groups[c][g]]
-            left -= sum(n for _, n in groups[c][g])
-    return sorted(kept, key=lambda t: t.id)
+def choose(
+    groups: Iterable[tuple[str, str, int]],
+    shares: Mapping[str, float],
+    limit: int | None,
+    seed: int,
+) -> tuple[dict[str, set[str]], dict[str, int]]:
+    """Choose groups so that each category has its share of the bytes.
+
+    ``groups`` are (category, group, bytes), a group any number of times; ``shares`` sum to 1;
+    ``limit`` bounds the bytes of the whole, which is otherwise as large as the scarcest category
+    allows. Returns the chosen groups and the bytes there were, both by category. The order of the
+    input does not matter: groups are taken in the order of a hash of seed and name.
+    Raises DataError when a category has nothing.
+    """
+    sizes: dict[str, Counter[str]] = defaultdict(Counter)
+    for category, group, size in groups:
+        sizes[category][group] += size
+    available = {category: sizes[category].total() for category in shares}
+    if empty := [category for category, size in available.items() if not size]:
+        raise DataError(
+            f"No text is left for {', '.join(empty)}, so the mixture cannot be reached. "
+            "See the counts above; the sources of this category are missing or were filtered out."
+        )
+    total = min(available[category] / share for category, share in shares.items())
+    total = min(total, limit) if limit else total
+    chosen: dict[str, set[str]] = {}
+    for category, share in shares.items():
+        left = total * share
+        chosen[category] = set()
+        for group in sorted(sizes[category], key=lambda name: _order(seed, name)):
+            # A group that would overshoot is passed over while a smaller one may still fit.
+            if sizes[category][group] <= left:
+                chosen[category].add(group)
+                left -= sizes[category][group]
+    return chosen, available
+
+
+def _order(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()

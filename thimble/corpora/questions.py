@@ -21,7 +21,9 @@ class Question(NamedTuple):
 
     def text(self) -> str:
         """The plain document: ``Question: ...`` and ``Answer: ...`` on a line each."""
-        return "\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in self.turns)
+        return "\n".join(
+            f"Question: {question}\nAnswer: {answer}" for question, answer in self.turns
+        )
 
     def conversation(self) -> list[dict[str, str]]:
         """The turns as SlimOrca's records have them."""
@@ -53,7 +55,10 @@ def of_vendor(vendor: Vendor, bus: str) -> Iterator[Question]:
     yield from ask(
         f"{bus}:{v}",
         [
-            (f"Which vendor has the {bus} vendor ID {v}?", f"{bus} vendor ID {v} belongs to {name}."),
+            (
+                f"Which vendor has the {bus} vendor ID {v}?",
+                f"{bus} vendor ID {v} belongs to {name}.",
+            ),
             (f"What is the {bus} vendor ID of {name}?", f"The {bus} vendor ID of {name} is {v}."),
             (
                 f"A device reports the {bus} vendor ID 0x{v}. Who made it?",
@@ -94,29 +99,41 @@ PAGES = {
 }  # fmt: skip
 
 
-def of_manual_page(name: str, section: str, about: str, system: str) -> Iterator[Question]:
-    """Questions from the NAME line of a manual page; ``system`` is "Linux" or "FreeBSD"."""
+def of_manual_page(names: list[str], section: str, about: str, system: str) -> Iterator[Question]:
+    """Questions from the NAME line of a manual page; ``system`` is "Linux" or "FreeBSD".
+
+    The names of one page share a description, so their questions share a group.
+    """
     kind = PAGES.get(section[:1], "page")
     about = about.strip().rstrip(".")
-    page = f"{name}({section})"
-    wordings = [
-        (f"What is {name} on {system}?", f"{page} is a {kind}: {about}."),
-        (f"What does the manual page {page} describe?", f"{page} describes: {about}."),
-        (
-            f"Where is {name} documented on {system}?",
-            f"In section {section} of the manual, as {page} ({about}). Read it with "
-            f"`man {section} {name}`.",
-        ),
-        (f"Which {system} {kind} is described as: {about}?", f"{page}."),
-    ]
-    if section[:1] in "18":
-        wordings += [
-            (f"What is the command {name} for?", f"{name}: {about}."),
-            (f"How do I read about {name}?", f"Run `man {section} {name}`; it says: {about}."),
+    for name in names:
+        page = f"{name}({section})"
+        wordings = [
+            (f"What is {name} on {system}?", f"{page} is a {kind}: {about}."),
+            (f"What does the manual page {page} describe?", f"{page} describes: {about}."),
+            (
+                f"Where is {name} documented on {system}?",
+                f"In section {section} of the manual, as {page} ({about}). Read it with "
+                f"`man {section} {name}`.",
+            ),
+            (f"Which {system} {kind} is described as: {about}?", f"{page}."),
         ]
-    if section[:1] in "239":
-        wordings.append((f"What does {name}() do?", f"{name}(): {about}. See {page}."))
-    yield from ask(f"man:{system}:{page}", wordings, 3)
+        if section[:1] in "18":
+            wordings += [
+                (f"What is the command {name} for?", f"{name}: {about}."),
+                (f"How do I read about {name}?", f"Run `man {section} {name}`; it says: {about}."),
+            ]
+        if section[:1] in "239":
+            wordings.append((f"What does {name}() do?", f"{name}(): {about}. See {page}."))
+        group = f"man:{system}:{names[0]}({section})"
+        chosen = pick(f"{group}:{name}", 3, len(wordings))
+        if chosen[0] == 0:
+            # One page in five or so becomes a conversation of two turns.
+            more = ("And how do I read more about it?", f"With `man {section} {name}`.")
+            yield Question((wordings[0], more), group)
+            chosen = chosen[1:2]
+        for index in chosen:
+            yield Question((wordings[index],), group)
 
 
 def of_package(name: str, summary: str, section: str) -> Iterator[Question]:
@@ -145,32 +162,43 @@ def of_option(symbol: str, prompt: str, help_: str) -> Iterator[Question]:
         f"kconfig:{symbol}",
         [
             (f"What does the kernel option CONFIG_{symbol} do?", f"{prompt}: {said}"),
-            (f"Should I enable CONFIG_{symbol} in my Linux kernel?", f"CONFIG_{symbol} is: {prompt}. {said}"),
-            (f"Which kernel option is called \"{prompt}\"?", f"CONFIG_{symbol}. Its help says: {said}"),
+            (
+                f"Should I enable CONFIG_{symbol} in my Linux kernel?",
+                f"CONFIG_{symbol} is: {prompt}. {said}",
+            ),
+            (
+                f'Which kernel option is called "{prompt}"?',
+                f"CONFIG_{symbol}. Its help says: {said}",
+            ),
         ],
     )
 
 
 def of_binding(title: str, about: str, names: list[str]) -> Iterator[Question]:
-    """Questions about a device-tree binding: its compatible strings, title and description."""
-    for name in names:
-        more = f" {about}" if about and len(about) < 400 else ""
-        yield from ask(
-            f"compatible:{name}",
-            [
-                (
-                    f"Which device has the device-tree compatible string \"{name}\"?",
-                    f"\"{name}\" is covered by the binding: {title}.{more}",
-                ),
-                (
-                    f"A device-tree node says compatible = \"{name}\". What hardware is it?",
-                    f"The binding for it is titled: {title}.{more}",
-                ),
-                (
-                    f"How is \"{name}\" described in the device-tree bindings?",
-                    f"It belongs to: {title}.{more}",
-                ),
-            ],
+    """Questions about a device-tree binding: its compatible strings, title and description.
+
+    One binding may list hundreds of strings for one title; a dozen of them are asked about.
+    """
+    if " " not in title:
+        return  # "QCOM." answers nothing
+    group = f"binding:{title}"
+    for place in sorted(pick(group, 12, len(names)) if names else []):
+        name = names[place]
+        wordings = [
+            (
+                f'Which device has the device-tree compatible string "{name}"?',
+                f'"{name}" is covered by the binding: {title}.',
+            ),
+            (
+                f'A device-tree node says compatible = "{name}". What hardware is it?',
+                f"The binding for it is titled: {title}.",
+            ),
+            (f'Which binding documents "{name}"?', f"The one for: {title}."),
+        ]
+        yield Question((wordings[pick(name, 1, 3)[0]],), group)
+    if about:
+        yield Question(
+            ((f"What is said about the {title} in the device-tree bindings?", about),), group
         )
 
 
@@ -191,7 +219,13 @@ def of_driver(path: str, about: str, names: list[str]) -> Iterator[Question]:
         yield from ask(
             f"driver-for:{name}",
             [
-                (f"Which Linux driver handles \"{name}\"?", f"{path} matches \"{name}\"" + (f": {about}." if about else ".")),
-                (f"Where is the driver for the compatible string \"{name}\"?", f"In {path} of the Linux source."),
+                (
+                    f'Which Linux driver handles "{name}"?',
+                    f'{path} matches "{name}"' + (f": {about}." if about else "."),
+                ),
+                (
+                    f'Where is the driver for the compatible string "{name}"?',
+                    f"In {path} of the Linux source.",
+                ),
             ],
         )

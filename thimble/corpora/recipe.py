@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Part of what makes a corpus current: raised whenever the same sources give other documents.
+VERSION = 1
+
 OS_CODE, HARDWARE, ADMINISTRATION, QA = "os_code", "hardware", "administration", "qa"
 
 # The shares the specification asks for, in bytes of the finished corpus.
@@ -60,15 +63,15 @@ ADMINISTRATIVE = (
     "qemu-system-common", "libvirt-clients", "man-db", "debconf",
     "debhelper", "dpkg-dev", "adduser", "ifupdown", "isc-dhcp-client", "dnsmasq-base", "chrony",
     "multipath-tools", "open-iscsi", "acl", "attr", "auditd", "apparmor", "selinux-utils",
-    "policycoreutils", "keyutils", "quota", "bpftool", "bpftrace", "trace-cmd", 
-    "zfsutils-linux", "zstd", "less", "ncurses-bin", "screen", "tmux", "curl", "wget",
+    "policycoreutils", "keyutils", "quota", "bpftool", "bpftrace", "trace-cmd",
+    "zstd", "less", "ncurses-bin", "screen", "tmux", "curl", "wget",
 )  # fmt: skip
 
 DEVICES = (
     "xserver-xorg-input-libinput", "xserver-xorg-video-intel", "xserver-xorg-video-amdgpu",
     "libsane-common", "alsa-utils", "v4l-utils", "lirc", "i2c-tools", "lm-sensors", "libgpiod-doc",
     "gpiod", "acpica-tools", "device-tree-compiler", "flashrom", "dfu-util", "fwupd", "rasdaemon",
-    "usbutils", "nut-server", "nut-client", "gpsd", "edac-utils", "mcelog", "ndctl",
+    "usbutils", "nut-server", "nut-client", "gpsd", "edac-utils", "ndctl",
     "ipmctl", "opensc", "mtd-utils", "setserial", "rdma-core", "ibverbs-utils", "infiniband-diags",
     "joystick", "inputattach", "evtest", "thermald", "iucode-tool", "firmware-ath9k-htc",
 )  # fmt: skip
@@ -119,6 +122,14 @@ FULL = (
     ),
 )
 
+UPSTREAM = (
+    Source("linux-6.12", "linux", FULL[-1].files, "GPL-2.0-only"),
+    Source("man-pages-6.9.1", "man-pages", (Files("*/man/man?/*.?", "manual"),), "various"),
+    Source("iproute2-6.12.0", "iproute2", (Files("*/man/man?/*.?", "manual"),), "GPL-2.0-or-later"),
+    Source("pci-ids", "pci.ids", (Files("pci.ids", "pci"),), "GPL-2.0-or-later OR BSD-3-Clause"),
+    Source("usb-ids", "usb.ids", (Files("usb.ids", "usb"),), "GPL-2.0-or-later OR BSD-3-Clause"),
+)
+
 # Bytes of the finished corpus at most; None is all there is.
 SCALES: dict[str, tuple[tuple[Source, ...], int | None]] = {
     "quick": (QUICK, 40_000_000),
@@ -127,14 +138,18 @@ SCALES: dict[str, tuple[tuple[Source, ...], int | None]] = {
 
 # Folders of Documentation/ and of the source that are about hardware or administration; what is in
 # neither list is about the operating system itself.
-HARDWARE_FOLDERS = frozenset(
-    "PCI accel arc arch arm arm64 auxdisplay cdrom csky devicetree driver-api fb features "
-    "firmware-guide firmware_class fpga gpu hid hwmon i2c ia64 iio infiniband input isdn leds "
-    "loongarch m68k media mhi mips misc-devices nios2 nvdimm nvme openrisc parisc pcmcia "
-    "peci powerpc riscv s390 scsi sh sound sparc spi staging timers tpm usb w1 watchdog x86 xtensa "
-    "drivers dt-bindings mfd mtd mmc bluetooth ssb bcma pinctrl regulator clk gpio pci amba".split()
-)
-ADMINISTRATION_FOLDERS = frozenset("admin-guide ABI tools kbuild process userspace-api".split())
+HARDWARE_FOLDERS = frozenset((
+    "PCI", "accel", "arc", "arch", "arm", "arm64", "auxdisplay", "cdrom", "csky", "devicetree",
+    "driver-api", "fb", "features", "firmware-guide", "firmware_class", "fpga", "gpu", "hid",
+    "hwmon", "i2c", "ia64", "iio", "infiniband", "input", "isdn", "leds", "loongarch", "m68k",
+    "media", "mhi", "mips", "misc-devices", "nios2", "nvdimm", "nvme", "openrisc", "parisc",
+    "pcmcia", "peci", "powerpc", "riscv", "s390", "scsi", "sh", "sound", "sparc", "spi", "staging",
+    "timers", "tpm", "usb", "w1", "watchdog", "x86", "xtensa", "drivers", "dt-bindings", "mfd",
+    "mtd", "mmc", "bluetooth", "ssb", "bcma", "pinctrl", "regulator", "clk", "gpio", "pci", "amba",
+))  # fmt: skip
+ADMINISTRATION_FOLDERS = frozenset((
+    "admin-guide", "ABI", "tools", "kbuild", "process", "userspace-api",
+))  # fmt: skip
 
 
 def kernel_category(path: str) -> str:
@@ -146,4 +161,8 @@ def kernel_category(path: str) -> str:
             return ADMINISTRATION
         if parts[0] in HARDWARE_FOLDERS or "device_drivers" in parts:
             return HARDWARE
+    elif "arch" in parts or "dt-bindings" in parts:
+        return HARDWARE
+    elif parts[-1].startswith("Kconfig"):
+        return ADMINISTRATION
     return OS_CODE

@@ -22,7 +22,7 @@ def comment_text(raw: str) -> str:
     if raw.startswith("//"):
         return raw.lstrip("/").strip()
     body = raw[2:-2].removeprefix("*")
-    lines = []
+    lines: list[str] = []
     for line in body.split("\n"):
         bare = re.sub(r"^[ \t]*\*(?!/) ?", "", line) if lines or line.strip() else line
         lines.append(bare.rstrip().rstrip("*").rstrip() if set(bare) != {"*"} else "")
@@ -98,7 +98,9 @@ def kconfig(source: str) -> Iterator[tuple[str, str, str, str]]:
     for index, match in enumerate(starts):
         end = starts[index + 1].start() if index + 1 < len(starts) else len(source)
         entry = source[match.start() : end]
-        if cut := re.search(r"^(?:endif|endmenu|if|menu|source|choice|endchoice|comment)\b", entry[6:], re.M):
+        if cut := re.search(
+            r"^(?:endif|endmenu|if|menu|source|choice|endchoice|comment)\b", entry[6:], re.M
+        ):
             entry = entry[: 6 + cut.start()]
         prompt, help_ = PROMPT.search(entry), HELP.search(entry)
         if prompt and help_:
@@ -111,14 +113,14 @@ def binding(source: str) -> tuple[str, str, list[str]]:
     title = re.search(r"^title:\s*(.+?)\s*$", source, re.M)
     described = re.search(r"^description:\s*[|>+-]*\s*\n((?:[ \t]+[^\n]*\n|\n)+)", source, re.M)
     block = re.search(r"^  compatible:\n((?:    .*\n|\n)*)", source, re.M)
-    names = re.findall(r"(?:const:|-)\s+([\w.-]+,[\w.,+-]+)\s*$", block.group(1), re.M) if block else []
+    names = (
+        re.findall(r"(?:const:|-)\s+([\w.-]+,[\w.,+-]+)\s*$", block.group(1), re.M) if block else []
+    )
     text = " ".join(described.group(1).split()) if described else ""
     return (title.group(1).strip("'\"") if title else ""), text, list(dict.fromkeys(names))
 
 
-DRIVER_TABLE = re.compile(
-    r"\b(?:PCI_DEVICE|PCI_VDEVICE|USB_DEVICE)\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)"
-)
+DRIVER_TABLE = re.compile(r"\b(?:PCI_DEVICE|PCI_VDEVICE|USB_DEVICE)\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)")
 DESCRIPTION = re.compile(r'MODULE_DESCRIPTION\s*\(\s*"((?:[^"\\]|\\.)*)"')
 COMPATIBLE = re.compile(r'\.compatible\s*=\s*"([^"]+)"')
 

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
 
 CLOSING = frozenset(".,:;?!)]")
 OPENING = frozenset("([")
-PLAIN = frozenset(
-    "Ar Cm Ic Va Vt Fa Em Sy Li Ev Er Dv Tn An Ad Ms No Sx Cd Ft Fd Pa Mt Me Ux Bx Fx Nx Ox Dx "
-    "Bsx At St Lb Lk Nm Fl Xr In Fn Nd Ap Ns Pf Tg Bt Ud Hf %A %B %C %D %I %J %N %O %P %Q %R %T "
-    "%U %V".split()
-)
+PLAIN = frozenset((
+    "Ar", "Cm", "Ic", "Va", "Vt", "Fa", "Em", "Sy", "Li", "Ev", "Er", "Dv", "Tn", "An", "Ad", "Ms",
+    "No", "Sx", "Cd", "Ft", "Fd", "Pa", "Mt", "Me", "Ux", "Bx", "Fx", "Nx", "Ox", "Dx", "Bsx",
+    "At", "St", "Lb", "Lk", "Nm", "Fl", "Xr", "In", "Fn", "Nd", "Ap", "Ns", "Pf", "Tg", "Bt", "Ud",
+    "Hf", "%A", "%B", "%C", "%D", "%I", "%J", "%N", "%O", "%P", "%Q", "%R", "%T", "%U", "%V",
+))  # fmt: skip
 QUOTES = {
     "Op": ("[", "]"), "Dq": ('"', '"'), "Qq": ('"', '"'), "Sq": ("'", "'"), "Ql": ("'", "'"),
     "Pq": ("(", ")"), "Bq": ("[", "]"), "Brq": ("{", "}"), "Aq": ("<", ">"), "Eq": ("", ""),
@@ -31,9 +32,10 @@ SYSTEMS = {
     "Ux": "UNIX", "Bx": "BSD", "Fx": "FreeBSD", "Nx": "NetBSD", "Ox": "OpenBSD",
     "Dx": "DragonFly", "Bsx": "BSD/OS", "At": "AT&T UNIX",
 }  # fmt: skip
-BLOCKS = frozenset(
-    "Dt Os Sh Ss Pp Lp Bl It El Bd Ed D1 Dl Fo Fc Rs Re Sm Bk Ek Bf Ef Rv Ex".split()
-)
+BLOCKS = frozenset((
+    "Dt", "Os", "Sh", "Ss", "Pp", "Lp", "Bl", "It", "El", "Bd", "Ed", "D1", "Dl", "Fo", "Fc", "Rs",
+    "Re", "Sm", "Bk", "Ek", "Bf", "Ef", "Rv", "Ex",
+))  # fmt: skip
 CALLABLE = PLAIN | QUOTES.keys() | OPEN.keys() | CLOSE.keys() | SYSTEMS.keys()
 GLUE = "\0"  # no space here
 
@@ -70,9 +72,7 @@ class Mdoc:
         if name in ("Fn", "Ft", "Fd", "In", "Cd", "Vt") and self.heading == "SYNOPSIS":
             page.flush()
             page.words(self.inline([name, *given]))
-            if page.fill and name != "Ft":
-                page.flush()
-            elif page.fill:
+            if (page.fill and name != "Ft") or page.fill:
                 page.flush()
             return
         text = self.inline([name, *given])
@@ -170,7 +170,9 @@ class Mdoc:
         if name in SYSTEMS:
             return [" ".join([SYSTEMS[name], *given])]
         if name in ("Bt", "Ud"):
-            return ["is currently in beta test." if name == "Bt" else "currently under development."]
+            return [
+                "is currently in beta test." if name == "Bt" else "currently under development."
+            ]
         if name == "An" and given and given[0] in ("-split", "-nosplit"):
             return []
         if name in ("Tg", "Hf"):

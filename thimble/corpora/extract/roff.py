@@ -84,6 +84,7 @@ class Page:
         self.base = 0
         self.depth = 0
         self.link = ""
+        self.conditions: list[bool] = []  # of the .ie requests whose .el is still to come
 
     def text(self, raw: str) -> str:
         """Resolve the escapes of one line or argument."""
@@ -163,7 +164,7 @@ class Page:
         self.blank()
         self.fill, self.indent, self.base, self.bases, self.tag = True, 0, 0, [], []
         self.lines.append("  " * level + text.strip())
-        self.indent = 1 if not level else 1
+        self.indent = 1
 
     # -- input ----------------------------------------------------------------------------------
 
@@ -176,7 +177,7 @@ class Page:
     def one(self, line: str, source: Iterator[str]) -> None:
         if line[:1] in (".", "'") and (match := CONTROL.match(line)):
             name, rest = match.group(1) or "", match.group(2)
-            if name and not line.startswith(("'\\\"", ".\\\"")):
+            if name and not line.startswith(("'\\\"", '.\\"')):
                 self.request(name, rest, source)
             return
         if "\\" in line:
@@ -245,9 +246,7 @@ class Page:
             self._block("", source, rest)
             return
         if name == "el":
-            taken = not self.__dict__.setdefault("_conditions", [True]).pop()
-            if not self._conditions:
-                self._conditions.append(True)
+            taken = not (self.conditions.pop() if self.conditions else True)
         else:
             rest = rest.lstrip()
             negated = rest.startswith("!")
@@ -270,7 +269,7 @@ class Page:
             taken ^= negated
             rest = rest[match.end() :] if match else ""
             if name == "ie":
-                self.__dict__.setdefault("_conditions", [True]).append(taken)
+                self.conditions.append(taken)
         if rest.startswith("\\{"):
             self._block(rest[2:], source, None if taken else "skip")
         elif taken and rest:
@@ -297,7 +296,8 @@ class Page:
     def table(self, source: Iterator[str]) -> None:
         """A ``tbl`` table: one line a row, cells separated by two spaces."""
         self.flush()
-        separator, in_format, cell = "\t", True, None
+        separator, in_format = "\t", True
+        cell: list[str] | None = None
         row: list[str] = []
         for number, line in enumerate(source):
             if line.startswith(".TE"):

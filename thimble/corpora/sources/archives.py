@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from thimble.artifacts import fingerprint, fsync, temporary_name
 from thimble.errors import DISK_FULL, DataError, disk_problem
@@ -28,7 +28,7 @@ class Window(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+    def readinto(self, buffer) -> int:
         data = self.file.read(min(len(buffer), self.left))
         if not data and self.left:
             raise EOFError("the file ends too early")
@@ -37,7 +37,7 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
+def _decompressed(file: IO[bytes], name: str) -> Any:
     if name.endswith(".zst"):
         import zstandard
 
@@ -140,30 +140,3 @@ def unpack(
 
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def control(path: Path) -> dict[str, str]:
-    """The fields of a package's control file: ``Package``, ``Version``, ``Description``, ..."""
-    for name, content in files(path, "control.tar"):
-        if name == "control":
-            return next(stanzas(content.read().decode("utf-8", "replace").splitlines()), {})
-    raise DataError(f"{path} has no control file. Delete it and run the same command again.")
-
-
-def stanzas(lines: Iterator[str] | list[str]) -> Iterator[dict[str, str]]:
-    """Paragraphs of ``Field: value`` lines with indented continuations (deb822)."""
-    fields: dict[str, str] = {}
-    last = ""
-    for line in lines:
-        if not line.strip():
-            if fields:
-                yield fields
-            fields, last = {}, ""
-        elif line[0] in " \t":
-            if last:
-                fields[last] += "\n" + line.rstrip()
-        elif ":" in line:
-            last, _, value = line.partition(":")
-            fields[last] = value.strip()
-    if fields:
-        yield fields
