@@ -56,7 +56,7 @@ def evaluate_split(
     ``documents`` and ``by_category``: the same for each category. Losses of NaN give NaN.
     Raises DataError when the split holds no documents or its table does not describe its tokens.
     """
-    stream, lengths, sizes, categories = _chosen(split, max_tokens)
+    stream, lengths, sizes, categories = choose_documents(split, max_tokens)
     names, codes = np.unique(categories, return_inverse=True)
     code_of_token = np.repeat(codes.astype(np.int32), lengths)
     nats = np.zeros(len(names), dtype=np.float64)
@@ -122,10 +122,13 @@ def _figures(nats: float, tokens: float, size: float, documents: int) -> dict[st
     }
 
 
-def _chosen(
+def choose_documents(
     split: TokenSplit, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The stream to evaluate and tokens, bytes and category of each of its documents."""
+    """A split's stream and the tokens, bytes and category of each of its documents.
+
+    With ``max_tokens`` a fixed random choice of whole documents with at most so many tokens.
+    """
     table = split.documents
     lengths = table.column("tokens").to_numpy().astype(np.int64)
     sizes = table.column("bytes").to_numpy().astype(np.int64)
