@@ -101,6 +101,8 @@ def build(
     if artifacts.is_current(target, "tokens", inputs, options):
         log.info("%s is already there and current", target)
         return target
+    if target.exists() and not (target / artifacts.MANIFEST).is_file():
+        raise ConfigError(f"{target} exists and holds something else; choose another output.")
 
     groups = row_groups(directory, manifest)
     count = min(workers or os.cpu_count() or 1, max(1, len(groups) // 2))
@@ -167,6 +169,12 @@ def row_groups(directory: Path, manifest: dict[str, Any]) -> list[RowGroup]:
                 f"{file} has no column {', '.join(missing)}; it has "
                 f"{', '.join(opened.schema_arrow.names)}. Build the corpus again."
             )
+        for name in COLUMNS:
+            kind = opened.schema_arrow.field(name).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise DataError(
+                    f"{file}: column {name} is of type {kind}, not string. Build the corpus again."
+                )
         for index in range(opened.num_row_groups):
             rows = opened.metadata.row_group(index).num_rows
             groups.append(RowGroup(file, index, first, rows))

@@ -50,6 +50,8 @@ class SentencePieceTokenizer:
 
         self.model = model
         try:
+            if not model:
+                raise ValueError("it is empty")  # which the library would take for a model
             self.processor: Any = SentencePieceProcessor(model_proto=model)
         except Exception as error:  # RuntimeError, or what the protobuf parser raises
             raise DataError(f"{where} is not a SentencePiece model: {error}") from error

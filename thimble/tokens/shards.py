@@ -75,11 +75,17 @@ class TokenSplit:
             raise DataError(f"There is no split {split!r}; there are {', '.join(SPLITS)}.")
         self.directory, self.split = Path(directory), split
         self.manifest = artifacts.read_manifest(self.directory, "tokens", make=MAKE)
-        self.dtype = np.dtype(self.manifest["dtype"])
-        self.vocab_size: int = self.manifest["vocab_size"]
-        self.eot_id: int = self.manifest["eot_id"]
         path = self.directory / f"{split}.bin"
-        expected = self.manifest["counts"][split]["tokens"]
+        try:
+            self.dtype = np.dtype(self.manifest["dtype"])
+            self.vocab_size: int = self.manifest["vocab_size"]
+            self.eot_id: int = self.manifest["eot_id"]
+            expected = self.manifest["counts"][split]["tokens"]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.directory / artifacts.MANIFEST} does not say {error}. Make the tokens "
+                f"again with:\n  {MAKE}"
+            ) from error
         if not path.is_file():
             raise DataError(f"{path} is missing. Make it again with:\n  {MAKE}")
         size = path.stat().st_size

@@ -151,7 +151,9 @@ class HuggingFaceTokenizer:
         return self.backend.decode(list(map(int, ids)), skip_special_tokens=True)
 
     def vocabulary(self) -> dict[str, int]:
-        return self.backend.get_vocab(with_added_tokens=True)
+        """token -> id, in the order of the ids; the library's own order is random."""
+        found = self.backend.get_vocab(with_added_tokens=True)
+        return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def save(self, directory: str | Path) -> None:
         """Write the two files from which ``load_tokenizer`` and AutoTokenizer give the same ids."""
