@@ -141,7 +141,9 @@ def test_impossible_options_are_refused(options: dict[str, float], directory: Pa
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(directory: Path, tmp_path: Path) -> None:
-    save_model(tmp_path, model_of(small(vocab_size=300, hidden_size=48)), train_tokenizer(TEXTS, 300))
+    save_model(
+        tmp_path, model_of(small(vocab_size=300, hidden_size=48)), train_tokenizer(TEXTS, 300)
+    )
     big = train_tokenizer([*TEXTS, *(f"word{i} word{i}" for i in range(300))], 600)
     big.save(tmp_path)
     with pytest.raises(DataError, match="do not belong together"):

@@ -24,9 +24,7 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 def test_equals_the_naive_form(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "chunk_rows", lambda device, vocab_size: rows)
     hidden, weight, targets = problem(torch.float32)
-    naive = F.cross_entropy(
-        (hidden @ weight.t()).flatten(0, 1), targets.flatten(), reduction="sum"
-    )
+    naive = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), targets.flatten(), reduction="sum")
     ours = linear_cross_entropy(hidden, weight, targets)
     torch.testing.assert_close(ours, naive, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(

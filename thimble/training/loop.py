@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import signal
 import time
 import traceback
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,7 +100,10 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         self.model = CausalLM(config.model).initialize(generator).to(device)
         self.model.compute_dtype = devices.resolve_precision(config.precision, device)
+        # Nothing here draws from the global generators; seeded, a library below that does repeats.
         torch.manual_seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        random.seed(config.seed)
         self.optimizer = make_optimizer(self.model, config.optim)
         half = self.model.compute_dtype is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -225,7 +230,7 @@ class Trainer:
         if verdict:
             self.stop(verdict)
         loss_sum, norm = torch.stack([self.loss_sum, self.norm]).tolist()
-        loss = (state.pending_loss + loss_sum) / state.pending_steps
+        loss = loss_sum / state.pending_steps
         self.settle_clock()
         record = {
             "step": state.step,
@@ -239,7 +244,7 @@ class Trainer:
             "seconds": state.seconds,
         }
         self.loss_sum.zero_()
-        state.pending_loss, state.pending_steps = 0.0, 0
+        state.pending_steps = 0
         self.session_tokens, self.session_seconds = 0, 0.0
         self.write(record)
         if self.processes.main:
@@ -331,9 +336,8 @@ class Trainer:
     def save(self, best: bool) -> None:
         state = self.state
         self.settle_clock()
-        # What is still on the device of the record being collected belongs into the checkpoint.
-        state.pending_loss += self.loss_sum.item()
-        self.loss_sum.zero_()
+        # The record being collected belongs into the checkpoint, too.
+        state.pending_loss = self.loss_sum.item()
         verdict = self.guard.verdict(synchronize=True)
         if verdict:
             self.stop(verdict)
@@ -381,6 +385,7 @@ class Trainer:
                     f"{directory} was trained with {key}={cursor[key]}, now it is {mine[key]}: "
                     "its place in the data would mean nothing. Start a new run instead."
                 )
+        self.loss_sum.fill_(self.state.pending_loss)
         self.counted_tokens = self.state.tokens
         if self.processes.main:
             folder.rewind(self.state.step)

@@ -72,7 +72,8 @@ class RunFolder:
     def containing(cls, path: str | Path) -> RunFolder:
         """The run folder that ``path`` is, or that a checkpoint at ``path`` belongs to."""
         path = Path(path)
-        for candidate in (path, path.parent.parent):
+        # A checkpoint holds a copy of the configuration, so its run is looked for first.
+        for candidate in (path.parent.parent, path):
             if (candidate / configuration.CONFIG_FILE).is_file():
                 return cls(candidate)
         raise DataError(
