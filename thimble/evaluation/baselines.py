@@ -63,9 +63,7 @@ def measure(
     counted, *_ = choose_documents(train, train_tokens)
     notes = []
     if len(counted) < len(train):
-        notes.append(
-            f"The n-gram models count {len(counted):,} of {len(train):,} training tokens."
-        )
+        notes.append(f"The n-gram models count {len(counted):,} of {len(train):,} training tokens.")
     bits = _ngram_bits(counted, stream, held_out)
     tokenizer = load_tokenizer(held_out.directory)
     found = _compressed_bits(stream, lengths, sizes, tokenizer)

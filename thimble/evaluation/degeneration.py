@@ -6,6 +6,7 @@ sources and device lists about one in a thousand crosses one, and that is drawn 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 BROKEN_SHARE = 0.1  # of characters that are U+FFFD, the mark of bytes that are no UTF-8
@@ -48,5 +49,5 @@ def longest_loop(ids: Sequence[int]) -> tuple[int, int]:
 
 def distinct_pairs(ids: Sequence[int]) -> float:
     """Distinct pairs of neighbouring tokens as a share of all pairs."""
-    pairs = list(zip(ids, ids[1:], strict=False))
+    pairs = list(itertools.pairwise(ids))
     return len(set(pairs)) / max(len(pairs), 1)
