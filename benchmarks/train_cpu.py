@@ -236,7 +236,7 @@ def main() -> None:
         * training.sequence_length
     )
     rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for name, run in contestants.items():
+    for run in contestants.values():
         run(1)  # warm-up, and compilation where there is any
     for _ in range(options.rounds):
         for name, run in contestants.items():

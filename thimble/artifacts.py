@@ -202,7 +202,8 @@ def read_manifest(directory: str | Path, kind: str, *, make: str) -> dict[str, A
         raise DataError(f"There is no {kind} at {directory}. Make it with:\n  {make}")
     if not (directory / MANIFEST).is_file():
         raise DataError(
-            f"{directory} has no {MANIFEST}, so it is not a complete {kind}. Make it with:\n  {make}"
+            f"{directory} has no {MANIFEST}, so it is not a complete {kind}. "
+            f"Make it with:\n  {make}"
         )
     manifest = read_json(directory / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:

@@ -52,7 +52,7 @@ def progress(what: str, total: float | None, unit: str = "") -> Iterator[Callabl
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        def render(self, task):  # type: ignore[no-untyped-def]
+        def render(self, task):
             return Text(f"{_number(task.speed or 0.0)} {unit}/s")
 
     with Progress(

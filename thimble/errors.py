@@ -61,7 +61,7 @@ def disk_problem(error: OSError, where: object) -> EnvironmentProblem:
     if error.errno in DISK_FULL:
         return EnvironmentProblem(
             f"The disk is full: could not write {where}. "
-            "Nothing under a final name was changed. Free some space and run the same command again."
+            "Nothing under a final name was changed. Free some space and run the command again."
         )
     return EnvironmentProblem(f"Could not write {where}: {error.strerror or error}.")
 

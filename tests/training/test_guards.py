@@ -1,4 +1,4 @@
-"""Every guard, provoked for real: it stops with a reason and the last good checkpoint is untouched."""
+"""Every guard, provoked for real: it stops with a reason, the last good checkpoint untouched."""
 
 from __future__ import annotations
 

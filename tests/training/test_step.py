@@ -1,4 +1,4 @@
-"""One step: the same gradient however it is split, and a model that learns no more than there is."""
+"""One step: the same gradient however it is split, and nothing learned that is not there."""
 
 from __future__ import annotations
 

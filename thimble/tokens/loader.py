@@ -73,7 +73,7 @@ class Windows:
         return windows
 
     def batch(self, seen: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the ``size`` windows after the first ``seen``: int64 [size, length]."""
+        """Inputs and targets of the ``size`` windows after the first ``seen``: [size, length]."""
         starts = self.order(seen, size) * self.length
         rows = self.tokens[starts[:, None] + np.arange(self.length + 1)].astype(np.int64)
         return rows[:, :-1], rows[:, 1:]

@@ -109,11 +109,16 @@ def save_model(directory: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
 def random_state() -> dict[str, Any]:
     """States of every generator a run could draw from, as tensors and plain numbers."""
     version, inner, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    numpy: Any = np.random.get_state(legacy=False)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(inner), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": {
+            "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "position": numpy["state"]["pos"],
+            "has_gauss": numpy["has_gauss"],
+            "gauss": numpy["gauss"],
+        },
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -124,8 +129,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     version, inner, gauss = state["python"]
     random.setstate((version, tuple(inner), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    numpy = state["numpy"]
+    key, position = numpy["key"].numpy().astype(np.uint32), numpy["position"]
+    np.random.set_state(("MT19937", key, position, numpy["has_gauss"], numpy["gauss"]))
     if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(state["cuda"])
 
