@@ -82,6 +82,18 @@ def find(sources: Sequence[str | Path]) -> list[UserFile]:
     )
 
 
+def stem(source: str | Path) -> str:
+    """What a corpus made of ``source`` is called: its name without the endings we know."""
+    path = Path(source).resolve()
+    if path.is_dir():
+        return path.name
+    name = path.name
+    for ending in (*files.COMPRESSED, *ENDINGS):
+        if name.lower().endswith(ending) and name.lower() != ending:
+            name = name[: -len(ending)]
+    return name
+
+
 class Refusals:
     """Counts records that cannot be read; the first ones are named, too many are an error."""
 

@@ -35,7 +35,9 @@ def build(
     seed: int,
 ) -> Path:
     """See ``thimble.corpora.build``."""
-    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    if workers is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        workers = len(affinity(0)) if affinity else os.cpu_count() or 1
     if name is None:
         if not sources:
             raise ConfigError(f"Name a corpus ({', '.join(NAMES)}) or give files with --from PATH.")
@@ -53,8 +55,7 @@ def build(
 
 def _from_user(sources: Sequence[str | Path], output: str | Path | None, workers: int) -> Path:
     files = local.find(sources)
-    first = Path(sources[0])
-    target = Path(output or Path("data/corpus") / first.name.split(".")[0])
+    target = Path(output or Path("data/corpus") / local.stem(sources[0]))
     inputs = [{"name": file.name, "sha256": artifacts.sha256_file(file.path)} for file in files]
     options = {"part_characters": local.PART_CHARACTERS}
     if _current(target, inputs, options):
@@ -142,7 +143,7 @@ def _items(
         for source in sources:
             package = packages[source.package]
             folder = archives.unpack(package.path, below, source.wanted())
-            licence = source.licence or _licence(folder)
+            licence = source.licence or _licence(folder, package, packages.values(), below)
             facts[source.name] = {"licence": licence, **package.facts()}
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 name = path.relative_to(folder).as_posix()
@@ -150,7 +151,9 @@ def _items(
                     (f for f in source.files if fnmatch.fnmatchcase(name, f.pattern)), None
                 )
                 # Some packages carry one page under many names, as copies.
-                if files and (content := _content(path)) not in seen:
+                if not files or not source.takes(name):
+                    continue
+                if (content := _content(path)) not in seen:
                     seen.add(content)
                     short = name.removeprefix("usr/share/").removeprefix("usr/src/")
                     items.append(
@@ -171,9 +174,27 @@ def _content(path: Path) -> bytes:
     return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
 
 
-def _licence(folder: Path) -> str:
+def _licence(
+    folder: Path, package: debian.Package, packages: Iterable[debian.Package], below: Path
+) -> str:
+    """The licence in a package's copyright file, or in that of one built from the same source.
+
+    Packages of one source often hold a link to the folder of another one.
+    """
     for path in sorted(folder.glob("usr/share/doc/*/copyright")):
         return debian.licence_of(path.read_text(encoding="utf-8", errors="replace"))
+    if package.path.suffix != ".deb":
+        return "unknown"
+    origin = debian.source_of(package)
+    for other in packages:
+        if (
+            other is not package
+            and other.path.suffix == ".deb"
+            and debian.source_of(other) == origin
+        ):
+            one = archives.unpack(other.path, below, ("usr/share/doc/*/copyright",))
+            for path in sorted(one.glob("usr/share/doc/*/copyright")):
+                return debian.licence_of(path.read_text(encoding="utf-8", errors="replace"))
     return "unknown"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 # Part of what makes a corpus current: raised whenever the same sources give other documents.
@@ -37,6 +38,11 @@ class Source:
     name: str
     files: tuple[Files, ...]
     licence: str = ""  # only where the package's copyright file cannot be read by a program
+    share: float = 1.0  # of the files, chosen by a hash of their names
+
+    def takes(self, file: str) -> bool:
+        """Whether a file is among the share of them that is read."""
+        return self.share == 1.0 or zlib.crc32(file.encode()) < self.share * (1 << 32)
 
     def wanted(self) -> tuple[str, ...]:
         return (*(files.pattern for files in self.files), "usr/share/doc/*/copyright")
@@ -50,64 +56,93 @@ DOCUMENTATION = (
     Files("*/Documentation/ABI/*", "document"),
 )
 
-ADMINISTRATIVE = (
+MANUAL_AND_TEXTS = (*MANUAL, Files("usr/share/doc/*.txt*", "document", ADMINISTRATION))
+
+# What an administrator uses daily; small downloads with much text.
+TOOLS = (
     "coreutils", "util-linux", "mount", "fdisk", "systemd", "udev", "iproute2", "apt", "dpkg",
-    "kmod", "pciutils", "usbutils", "procps", "psmisc", "e2fsprogs", "btrfs-progs", "xfsprogs",
-    "mdadm", "lvm2", "cryptsetup-bin", "nftables", "iptables", "ethtool", "iw", "wpasupplicant",
-    "openssh-client", "openssh-server", "cron", "rsyslog", "logrotate", "sudo", "passwd", "login",
-    "bash", "grep", "sed", "gawk", "findutils", "tar", "gzip", "xz-utils", "strace", "ltrace",
-    "lsof", "smartmontools", "hdparm", "nvme-cli", "dmidecode", "lshw", "grub-common",
-    "initramfs-tools-core", "parted", "rsync", "tcpdump", "net-tools", "bind9-dnsutils",
-    "nfs-common", "samba-common-bin", "git-man", "libc-bin", "ipmitool", "fio",
-    "numactl", "hwloc-nox", "powertop", "cpufrequtils", "bluez", "network-manager",
-    "qemu-system-common", "libvirt-clients", "man-db", "debconf",
-    "debhelper", "dpkg-dev", "adduser", "ifupdown", "isc-dhcp-client", "dnsmasq-base", "chrony",
-    "multipath-tools", "open-iscsi", "acl", "attr", "auditd", "apparmor", "selinux-utils",
-    "policycoreutils", "keyutils", "quota", "bpftool", "bpftrace", "trace-cmd",
-    "zstd", "less", "ncurses-bin", "screen", "tmux", "curl", "wget",
+    "dpkg-dev", "kmod", "pciutils", "usbutils", "procps", "psmisc", "e2fsprogs", "btrfs-progs",
+    "lvm2", "mdadm", "cryptsetup-bin", "nftables", "iptables", "openssh-client", "sudo", "rsync",
+    "cron", "login", "passwd", "man-db", "multipath-tools", "dnsmasq-base", "apparmor",
+    "findutils", "grep", "sed", "gawk", "tar", "gzip", "bash", "auditd", "nfs-common", "trace-cmd",
+    "logrotate", "smartmontools", "nvme-cli", "libvirt-clients", "qemu-system-common",
+    "samba-common-bin", "git-man", "debhelper", "curl", "ncurses-bin", "adduser", "debconf",
+    "initramfs-tools-core", "ifupdown", "selinux-utils", "quota",
 )  # fmt: skip
 
 DEVICES = (
-    "xserver-xorg-input-libinput", "xserver-xorg-video-intel", "xserver-xorg-video-amdgpu",
-    "libsane-common", "alsa-utils", "v4l-utils", "lirc", "i2c-tools", "lm-sensors", "libgpiod-doc",
-    "gpiod", "acpica-tools", "device-tree-compiler", "flashrom", "dfu-util", "fwupd", "rasdaemon",
-    "usbutils", "nut-server", "nut-client", "gpsd", "edac-utils", "ndctl",
-    "ipmctl", "opensc", "mtd-utils", "setserial", "rdma-core", "ibverbs-utils", "infiniband-diags",
-    "joystick", "inputattach", "evtest", "thermald", "iucode-tool", "firmware-ath9k-htc",
+    "libsane-common", "nut-server", "ndctl", "ipmctl", "alsa-utils", "opensc", "infiniband-diags",
+    "gpsd", "i2c-tools", "lm-sensors", "flashrom", "dmidecode", "hdparm", "lirc", "iucode-tool",
+    "joystick", "hwloc-nox", "rasdaemon", "acpica-tools",
 )  # fmt: skip
+
+# For scale=full, which needs five times as much text about administration.
+MORE_TOOLS = (
+    "perl-doc", "zsh-common", "groff", "postfix", "postgresql-client-[0-9]+", "slurm-client",
+    "lintian", "devscripts", "slapd", "collectd-core", "binutils-common", "openvswitch-common",
+    "openvswitch-switch", "shorewall", "rrdtool", "freeipmi-tools", "drbd-utils", "lttng-tools",
+    "guestfish", "borgbackup", "firewalld", "nmap", "tcsh", "lxc", "podman", "buildah",
+    "libpam-modules", "samba", "wireguard-tools", "openssh-server", "network-manager",
+    "wpasupplicant", "bluez", "xfsprogs", "chrony", "isc-dhcp-client", "bind9-dnsutils", "less",
+    "screen", "tmux", "wget", "strace", "ltrace", "lsof", "tcpdump", "net-tools", "grub-common",
+    "parted", "ipmitool", "fio", "numactl", "powertop", "rsyslog", "xz-utils", "zstd", "libc-bin",
+    "keyutils", "acl", "attr", "policycoreutils", "open-iscsi", "bpftool", "bpftrace",
+    "systemd-container", "debootstrap", "live-build", "sbuild", "pbuilder", "aptitude", "rpm",
+    "ostree", "flatpak", "snmp", "autofs", "openvpn", "monit", "tor", "amanda-common",
+    "bacula-common", "inn2", "wireshark-common",
+)  # fmt: skip
+
+MORE_TEXTS = (
+    "dovecot-core", "exim4-base", "haproxy", "debian-policy", "debian-faq",
+)  # fmt: skip
+
+MORE_DEVICES = (
+    "xserver-xorg-input-libinput", "xserver-xorg-video-intel", "xserver-xorg-video-amdgpu",
+    "v4l-utils", "gpiod", "device-tree-compiler", "dfu-util", "fwupd", "nut-client", "openocd",
+    "mtd-utils", "setserial", "rdma-core", "ibverbs-utils", "libibverbs-dev", "inputattach",
+    "evtest", "thermald", "lshw", "edac-utils", "libpfm4-dev",
+)  # fmt: skip
+
+MORE_CODE = (
+    "systemtap-doc", "liburing-dev", "libsystemd-dev", "libpapi-dev",
+)  # fmt: skip
+
+
+def named(names: tuple[str, ...], *files: Files) -> tuple[Source, ...]:
+    return tuple(Source(name, name, files) for name in names)
+
 
 COMMON = (
     Source("pci\\.ids", "pci.ids", (Files("usr/share/misc/pci.ids", "pci"),)),
     Source("usb\\.ids", "usb.ids", (Files("usr/share/misc/usb.ids", "usb"),)),
-    Source("manpages", "manpages", MANUAL),
-    Source("manpages-dev", "manpages-dev", MANUAL),
-    Source("freebsd-manpages", "freebsd-manpages", MANUAL),
+    *named(("manpages", "manpages-dev", "freebsd-manpages", *TOOLS), *MANUAL),
+    *named(DEVICES, Files("usr/share/man/man?/*", "manual", HARDWARE)),
     Source(
         "debian-reference-en",
         "debian-reference",
         (Files("usr/share/debian-reference/*.txt.gz", "handbook", ADMINISTRATION),),
     ),
-    *(Source(name.replace(".", "\\."), name, MANUAL) for name in ADMINISTRATIVE),
-    *(
-        Source(name.replace(".", "\\."), name, (Files("usr/share/man/man?/*", "manual", HARDWARE),))
-        for name in DEVICES
-        if name not in ADMINISTRATIVE
-    ),
 )
 
 QUICK = (
     *COMMON,
-    Source("linux-doc-[0-9.]+", "linux-doc", DOCUMENTATION, "GPL-2.0-only"),
+    # All of the kernel's files are more than the quick corpus can hold.
+    Source("linux-doc-[0-9.]+", "linux-doc", DOCUMENTATION, "GPL-2.0-only", share=0.6),
     Source(
         "linux-headers-[0-9].*-common",
         "linux-headers",
         (Files("usr/src/*.h", "code", None),),
         "GPL-2.0-only",
+        share=0.7,
     ),
 )
 
 FULL = (
     *COMMON,
+    *named(MORE_TOOLS, Files("usr/share/man/man?/*", "manual", ADMINISTRATION)),
+    *named(MORE_TEXTS, *MANUAL_AND_TEXTS),
+    *named(MORE_DEVICES, Files("usr/share/man/man?/*", "manual", HARDWARE)),
+    *named(MORE_CODE, *MANUAL),
     Source(
         "linux-source-[0-9.]+",
         "linux",
@@ -130,7 +165,7 @@ UPSTREAM = (
     Source("usb-ids", "usb.ids", (Files("usb.ids", "usb"),), "GPL-2.0-or-later OR BSD-3-Clause"),
 )
 
-# Bytes of the finished corpus at most; None is all there is.
+# The sources of a scale, and the bytes of the finished corpus at most; None is all there is.
 SCALES: dict[str, tuple[tuple[Source, ...], int | None]] = {
     "quick": (QUICK, 40_000_000),
     "full": (FULL, None),

@@ -104,7 +104,9 @@ def normalise(text: str) -> str:
         text = text.replace("\u2028", "\n").replace("\u2029", "\n\n")
         text = INVISIBLE.sub("", unicodedata.normalize("NFC", text)).replace("\u00a0", " ")
     text = text.replace("\f", "\n").replace("\v", "\n")
-    text = TRAILING.sub("", CONTROL.sub("", text))
+    text = CONTROL.sub("", text)
+    if " \n" in text or "\t\n" in text or text[-1:] in (" ", "\t"):
+        text = TRAILING.sub("", text)
     return BLANK_LINES.sub("\n\n\n", text).strip("\n")
 
 
@@ -144,6 +146,8 @@ def is_english(text: str) -> bool:
     # this settles 19 of 20 documents in a hundredth of the classifier's time.
     if sum(word in COMMON_WORDS for word in words) > 0.1 * len(words) and words:
         return True
+    if len(words) < 80 and text.isascii():
+        return True  # too little to judge: a table of contents, a list of names
     import py3langid
 
     return py3langid.classify(text[:2000])[0] in ("en", "zxx")
@@ -158,6 +162,10 @@ class English(Step):
             yield document
 
 
+# Letters, digits and blanks; every byte of a character beyond ASCII counts as a letter.
+PLAIN = bytes(b for b in range(256) if chr(b).isalnum() or chr(b) in " \t\n" or b > 127)
+
+
 def quality(text: str) -> float:
     """A score from 0 to 1: the worst of three signs of text that teaches nothing.
 
@@ -167,11 +175,12 @@ def quality(text: str) -> float:
     """
     if not text:
         return 0.0
-    plain = sum(map(str.isalnum, text)) + text.count(" ") + text.count("\n") + text.count("\t")
+    data = text.encode()
+    plain = 1 - len(data.translate(None, PLAIN)) / len(data)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     words = text.split()
     return min(
-        plain / len(text) / 0.6,
+        plain / 0.6,
         len(set(lines)) / len(lines) / 0.3 if lines else 0.0,
         20 * len(words) / max(sum(map(len, words)), 1),
         1.0,

@@ -102,11 +102,13 @@ def _manual(item: Item, source: str) -> Made:
 
 
 def _bus(item: Item, source: str) -> Made:
-    for vendor in ids.vendors(source):
-        yield _text(item, "\n".join(vendor.lines), recipe.HARDWARE, f"#{vendor.id}")
-        yield from questions.of_vendor(vendor, item.kind.upper())
+    for group in ids.grouped(ids.vendors(source)):
+        text = "\n".join(line for vendor in group for line in vendor.lines)
+        yield _text(item, text, recipe.HARDWARE, f"#{group[0].id}")
+        for vendor in group:
+            yield from questions.of_vendor(vendor, item.kind.upper())
     for head, lines in ids.classes(source):
-        yield _text(item, "\n".join(lines), recipe.HARDWARE, f"#{head.split()[1]}")
+        yield _text(item, "\n".join(lines), recipe.HARDWARE, f"#class-{head.split()[1]}")
 
 
 def _document(item: Item, source: str) -> Made:

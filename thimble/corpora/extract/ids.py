@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 
@@ -36,6 +36,20 @@ def vendors(text: str) -> Iterator[Vendor]:
                 current.devices.append((id, name.strip()))
     if current:
         yield current
+
+
+def grouped(vendors: Iterable[Vendor], characters: int = 2000) -> Iterator[list[Vendor]]:
+    """Neighbouring vendors together until there is text enough for a document."""
+    group: list[Vendor] = []
+    size = 0
+    for vendor in vendors:
+        group.append(vendor)
+        size += sum(map(len, vendor.lines))
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def classes(text: str) -> Iterator[tuple[str, list[str]]]:

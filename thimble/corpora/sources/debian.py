@@ -6,6 +6,7 @@ the same bytes. Delete the cache folder to get newer versions.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -92,6 +93,13 @@ def control(path: Path) -> dict[str, str]:
     raise DataError(f"{path} has no control file. Delete it and run the same command again.")
 
 
+@functools.cache
+def source_of(package: Package) -> str:
+    """The name of the source a package was built from."""
+    fields = control(package.path)
+    return fields.get("Source", fields["Package"]).split()[0]
+
+
 def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
     """Paragraphs of ``Field: value`` lines with indented continuations (deb822)."""
     fields: dict[str, str] = {}
@@ -122,6 +130,9 @@ SPDX = {
     "expat": "MIT", "mit": "MIT", "isc": "ISC", "zlib": "Zlib", "public-domain": "public-domain",
     "gfdl-1.2+": "GFDL-1.2-or-later", "gfdl-1.3+": "GFDL-1.3-or-later", "x11": "X11",
     "gfdl-niv-1.3+": "GFDL-1.3-no-invariants-or-later", "curl": "curl", "cc0-1.0": "CC0-1.0",
+    "gpl-2.0": "GPL-2.0-only", "gpl-2.0+": "GPL-2.0-or-later", "gpl-3.0": "GPL-3.0-only",
+    "gpl-3.0+": "GPL-3.0-or-later", "lgpl-2.0+": "LGPL-2.0-or-later", "pd": "public-domain",
+    "bsd-mit": "MIT", "mit/x11": "MIT", "gpl+": "GPL-1.0-or-later",
     "mpl-2.0": "MPL-2.0", "agpl-3+": "AGPL-3.0-or-later",
 }  # fmt: skip
 # For copyright files that are prose: the first sign that is found decides.
