@@ -158,11 +158,11 @@ def load(path: PathLike, device: str = "auto") -> Model:
     return generation.load(Path(path), device=device)
 
 
-def accept(path: PathLike, *, split: str = "val") -> Acceptance:
+def accept(path: PathLike, *, split: str = "val", device: str = "auto") -> Acceptance:
     """Whether a checkpoint passes the gate of its recipe; writes ``acceptance.json``."""
     from thimble.evaluation.acceptance import accept as judge
 
-    return judge(Path(path), split=split)
+    return judge(Path(path), split=split, device=device)
 
 
 def generate(

@@ -296,9 +296,10 @@ def train(
 def accept(
     checkpoint: Checkpoint,
     split: Annotated[str, typer.Option(help="Held-out split: val or test.")] = "val",
+    device: Device = "auto",
 ) -> Any:
     """Judge a checkpoint by its recipe's gate; the exit status says."""
-    return api.accept(checkpoint, split=split)
+    return api.accept(checkpoint, split=split, device=device)
 
 
 @verb(app, "generate")

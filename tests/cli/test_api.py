@@ -181,3 +181,29 @@ def test_a_corpus_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
     assert api.find_corpus("os_kernel-full") == home / "os_kernel-full"
     assert api.find_corpus(home / "os_kernel-full") == home / "os_kernel-full"
     assert api.find_corpus("elsewhere/x") == Path("elsewhere/x")
+
+
+def test_a_barely_trained_model_is_not_accepted_and_the_status_says(
+    run: Path, thimble_command: Command
+) -> None:
+    answer = thimble_command("accept", str(run), "--device", "cpu", "--json")
+    assert answer.status == 3, answer.err
+    said = json.loads(answer.out)
+    assert said["accepted"] is False
+    assert [row["ok"] for row in said["conditions"] if "perplexity" in row["name"]] == [False]
+    passing = thimble.accept(run, device="cpu").to_dict()["conditions"]
+    assert [row["name"] for row in passing] == [row["name"] for row in said["conditions"]]
+
+
+def test_files_of_ones_own_become_a_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thimble_command: Command
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sentences = [f"Driver number {i} handles the device with id {i * i:05d}." for i in range(900)]
+    Path("mine.txt").write_text("\n".join(sentences))
+    answer = thimble_command("corpus", "build", "--from", "mine.txt", "--json", "--workers", "1")
+    assert answer.status == 0, answer.err
+    assert json.loads(answer.out) == {"path": "data/corpus/mine"}
+    assert api.inspect("data/corpus/mine")["counts"]["documents"] > 0
+    answer = thimble_command("corpus", "build", "--from", "missing.txt", "--json")
+    assert answer.status == json.loads(answer.out)["status"] != 0

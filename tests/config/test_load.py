@@ -97,6 +97,7 @@ def test_every_misspelt_key_is_answered_with_a_line_that_works(nano: Path, key: 
         ("max_steps", "training.max_steps"),
         ("batch_size", "training.micro_batch_size"),
         ("trainig.max_steps", "training.max_steps"),
+        ("layers", "model.num_hidden_layers"),
     ],
 )
 def test_usual_short_names_lead_to_the_key(nano: Path, wrong: str, right: str) -> None:
@@ -182,6 +183,7 @@ def test_every_shape_is_possible_or_answered_with_lines_that_mend_it(nano: Path)
             model = load(nano, overrides).model
             assert model.num_attention_heads % model.num_key_value_heads == 0
             assert model.head_dim % 2 == 0
+            assert overrides[-1] != "training.sequence_length=257"
             continue
         refused += 1
         assert len(proposed(problem)) == 2, problem
@@ -252,6 +254,11 @@ def test_values_are_read_as_their_key_wants_them(
 def test_what_is_not_an_override_is_refused(nano: Path, override: str, word: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(word)):
         load(nano, [override])
+
+
+def test_a_group_given_as_a_value_is_refused_from_python_too() -> None:
+    with pytest.raises(ConfigError, match="training is a group of keys"):
+        load("slm_nano", nested={"training": 3})
 
 
 def test_a_group_is_replaced_as_a_whole_and_what_depends_on_it_follows() -> None:
