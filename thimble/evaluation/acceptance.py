@@ -176,7 +176,7 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
         recipe=config.recipe,
         step=step,
         split=split,
-        conditions=[record, perplexity, whole, text, _size_condition(directory, config)],
+        conditions=[record, perplexity, whole, text, _size_condition(directory, manifest, config)],
         evaluation=evaluation,
         ladder=ladder,
         samples=samples,
@@ -309,11 +309,12 @@ def _text_condition(samples: list[Sample]) -> Condition:
     )
 
 
-def _size_condition(directory: Path, config: Config) -> Condition:
+def _size_condition(directory: Path, manifest: Mapping[str, Any], config: Config) -> Condition:
     """Weights on disk against parameters x 4 bytes: checkpoints are saved in float32."""
     expected = 4 * config.model.num_parameters
     tolerance = config.acceptance.size_tolerance
-    parts = {file.name: file.stat().st_size for file in directory.iterdir() if file.is_file()}
+    files = [directory / name for name in manifest["files"]]
+    parts = {file.name: file.stat().st_size for file in files if file.is_file()}
     size = parts.pop(WEIGHTS, 0)
     large = [f"{name} {_megabytes(n)}" for name, n in parts.items() if n >= max(size, 1) // 20]
     return Condition(

@@ -75,8 +75,8 @@ def ladder_words(ladder: list[Rung], bits: float) -> list[str]:
         best = passed[-1]
         less = 1 - bits / best.bits_per_byte
         lines.append(
-            f"It passed {len(passed)} of {len(ladder)} rungs; the highest is {best.name}, with "
-            f"{less:.0%} fewer bits."
+            f"It passed {len(passed)} of {len(ladder)} baselines; it takes {less:.0%} fewer bits "
+            f"than the best of them, {best.name}."
         )
     else:
         lines.append("It passed none of the baselines: it has learned less than counting does.")

@@ -89,9 +89,9 @@ def _introduction(result: Acceptance, config: Config) -> str:
         [
             f"A causal language model of {model.num_parameters:,} parameters, trained from random "
             f"weights with thimble on one machine: "
-            f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, "
-            f"{model.num_attention_heads} query and {model.num_key_value_heads} key-value heads "
-            f"of {model.head_dim}, SwiGLU of {model.intermediate_size}, vocabulary "
+            f"layers {model.num_hidden_layers}, hidden size {model.hidden_size}, query heads "
+            f"{model.num_attention_heads} and key-value heads {model.num_key_value_heads} of "
+            f"{model.head_dim}, SwiGLU {model.intermediate_size}, vocabulary "
             f"{model.vocab_size:,}, context {model.max_position_embeddings:,} tokens.",
             "It completes text; it was not instruction-tuned. transformers loads it as it is:",
             textwrap.indent(

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from tests.evaluation.conftest import run, tokens
+
+__all__ = ["run", "tokens"]
