@@ -33,26 +33,26 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        # torch squares and averages in float32 whatever the input's dtype is.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_table(length: int, head_dim: int, theta: float) -> Tensor:
     """cos and sin of every position as one float32 tensor [2, T, C] (RoFormer, arXiv:2104.09864).
 
     The two halves of a head are rotated against each other, as transformers does it, so that
-    weights carry over without permutation.
+    weights carry over without permutation. The sine of the first half has its sign already.
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-    angle = torch.cat([angle, angle], dim=-1)
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).float()
 
 
 def rotate(x_bhtc: Tensor, rope_2tc: Tensor) -> Tensor:
     """Rotate queries or keys [B, H, T, C] by their positions' angles."""
     cos, sin = rope_2tc.to(x_bhtc.dtype)
-    first, second = x_bhtc.chunk(2, dim=-1)
-    return x_bhtc * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.addcmul(x_bhtc * cos, x_bhtc.roll(x_bhtc.shape[-1] // 2, dims=-1), sin)
 
 
 class SwiGLU(nn.Module):
