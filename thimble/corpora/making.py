@@ -142,7 +142,7 @@ def _items(
     with progress("unpacking", len(sources), "packages") as advance:
         for source in sources:
             package = packages[source.package]
-            folder = archives.unpack(package.path, below, source.wanted())
+            folder = archives.unpack(package.path, package.sha256, below, source.wanted())
             licence = source.licence or _licence(folder, package, packages.values(), below)
             facts[source.name] = {"licence": licence, **package.facts()}
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -192,7 +192,8 @@ def _licence(
             and other.path.suffix == ".deb"
             and debian.source_of(other) == origin
         ):
-            one = archives.unpack(other.path, below, ("usr/share/doc/*/copyright",))
+            wanted = ("usr/share/doc/*/copyright",)
+            one = archives.unpack(other.path, other.sha256, below, wanted)
             for path in sorted(one.glob("usr/share/doc/*/copyright")):
                 return debian.licence_of(path.read_text(encoding="utf-8", errors="replace"))
     return "unknown"
@@ -335,7 +336,7 @@ def _said(target: Path) -> Path:
     if counts["bytes"] < 1_000_000:
         log.warning(
             "%.0f kB of text is very little: a model will learn its letters and commonest words, "
-            "not its language. From about 20 MB on it gets interesting.",
+            "not its language. The corpus os_kernel has 40,000 kB.",
             counts["bytes"] / 1e3,
         )
     return target

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from thimble.corpora.extract.ids import Vendor
+if TYPE_CHECKING:
+    from thimble.corpora.extract.ids import Vendor
 
 
 class Question(NamedTuple):

@@ -158,7 +158,8 @@ class Mdoc:
             rest = given[2:]
             return [given[0] + (f"({given[1]})" if len(given) > 1 else ""), *rest]
         if name == "In":
-            return [f"#include <{' '.join(given)}>"]
+            include = "#include " if self.heading == "SYNOPSIS" else ""
+            return [f"{include}<{given[0]}>", *given[1:]] if given else []
         if name == "Fd":
             return [" ".join(given)]
         if name == "Fn" and given:

@@ -83,6 +83,7 @@ class Page:
         self.bases: list[int] = []  # indents saved by .RS
         self.base = 0
         self.depth = 0
+        self.headed = 0  # how many lines there were after the last heading
         self.link = ""
         self.conditions: list[bool] = []  # of the .ie requests whose .el is still to come
 
@@ -157,14 +158,14 @@ class Page:
 
     def blank(self) -> None:
         self.flush()
-        if self.lines and self.lines[-1]:
+        if self.lines and self.lines[-1] and len(self.lines) != self.headed:
             self.lines.append("")
 
     def heading(self, text: str, level: int) -> None:
         self.blank()
         self.fill, self.indent, self.base, self.bases, self.tag = True, 0, 0, [], []
         self.lines.append("  " * level + text.strip())
-        self.indent = 1
+        self.indent, self.headed = 1, len(self.lines)
 
     # -- input ----------------------------------------------------------------------------------
 
@@ -316,11 +317,9 @@ class Page:
                 continue
             if cell is not None:
                 if not line.startswith("T}"):
-                    if line.startswith((".", "'")):
-                        line = " ".join(arguments(line)[1:])
-                    cell.append(self.text(line).strip())
+                    cell.append(line)
                     continue
-                row.append(" ".join(filter(None, cell)))
+                row.append(self._cell(cell))
                 cell, line = None, line[2:].removeprefix(separator)
                 if not line:
                     self._row(row)
@@ -334,7 +333,17 @@ class Page:
             if cell is None:
                 self._row(row)
                 row = []
+        if cell:
+            row.append(self._cell(cell))  # a block that the page forgot to close
         self._row(row)
+
+    def _cell(self, source: list[str]) -> str:
+        """The text of a ``T{ ... T}`` block, which may hold requests of its own, as one line."""
+        page = Page()
+        page.strings, page.macros, page.is_mdoc = self.strings, self.macros, self.is_mdoc
+        page.feed(iter(source))
+        page.flush()
+        return " ".join(line.strip() for line in page.lines if line)
 
     def _row(self, row: list[str]) -> None:
         kept = [field for field in row if field not in ("", "_", "=", "\\_", "\\^", "^")]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import io
 import lzma
 import os
+import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -76,58 +78,59 @@ def _tar_files(stream: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
                 yield member.name.removeprefix("./"), content
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Whatever shows that an archive is truncated or damaged becomes a DataError that names it."""
+    problem = "{} is truncated or damaged ({}). Delete it and run the same command again."
+    try:
+        yield
+    except DAMAGED as error:
+        raise DataError(problem.format(path, error)) from error
+    except OSError as error:
+        if error.errno is None:  # gzip and bz2 report bad data as an OSError without a number
+            raise DataError(problem.format(path, error)) from error
+        raise
+
+
 def files(path: Path, part: str = "data.tar") -> Iterator[tuple[str, IO[bytes]]]:
     """Every regular file in a ``.deb`` or ``.tar[.gz|.xz|.bz2|.zst]``: name and content stream.
 
     Links are passed over: their target is in the archive under its own name. A source package of
-    the kernel holds its tree as one more archive; that is entered as if it were unpacked.
-    Raises DataError naming the archive when it is truncated or damaged.
+    the kernel holds its tree as one more archive; that is entered as if it were unpacked. A file
+    that is no archive is the one file in itself. To be used inside ``whole(path)``.
     """
-    try:
-        with open(path, "rb") as file:
-            stream, name = _deb_part(file, part) if path.suffix == ".deb" else (file, path.name)
-            for inner, content in _tar_files(_decompressed(stream, name)):
-                if inner.startswith("usr/src/") and ".tar" in PurePosixPath(inner).name:
-                    yield from _tar_files(_decompressed(content, inner))
-                else:
-                    yield inner, content
-    except DAMAGED as error:
-        raise DataError(
-            f"{path} is truncated or damaged ({error}). Delete it and run the same command again."
-        ) from error
-    except OSError as error:
-        if error.errno is None:  # gzip and bz2 report bad data as an OSError without a number
-            raise DataError(
-                f"{path} is truncated or damaged ({error}). Delete it and run again."
-            ) from error
-        raise
+    with open(path, "rb") as file:
+        stream, name = _deb_part(file, part) if path.suffix == ".deb" else (file, path.name)
+        if ".tar" not in name:
+            yield name, file
+            return
+        for inner, content in _tar_files(_decompressed(stream, name)):
+            if inner.startswith("usr/src/") and ".tar" in PurePosixPath(inner).name:
+                yield from _tar_files(_decompressed(content, inner))
+            else:
+                yield inner, content
 
 
-def unpack(
-    path: Path,
-    below: Path,
-    wanted: tuple[str, ...],
-    advance: Callable[[float], None] = lambda amount: None,
-) -> Path:
+def unpack(path: Path, sha256: str, below: Path, wanted: tuple[str, ...]) -> Path:
     """Unpack the files that match a pattern of ``wanted`` below ``below``; return their folder.
 
-    The folder is named by archive and patterns and appears only when it is complete, so a second
-    call returns at once.
+    The folder is named by the archive, its ``sha256`` and the patterns, and appears only when it
+    is complete, so a second call returns at once.
     """
-    target = below / f"{path.stem}-{fingerprint(sorted(wanted))[:8]}"
+    target = below / f"{path.stem}-{fingerprint([sha256, sorted(wanted)])[:12]}"
     if target.is_dir():
         return target
     temporary = temporary_name(target)
     try:
-        for name, content in files(path):
-            parts = PurePosixPath(name).parts
-            if ".." in parts or name.startswith("/"):
-                raise DataError(f"{path} holds a file named {name}, outside of the archive.")
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
-                destination = temporary / name
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                destination.write_bytes(content.read())
-                advance(destination.stat().st_size)
+        with whole(path):
+            for name, content in files(path):
+                parts = PurePosixPath(name).parts
+                if ".." in parts or name.startswith("/"):
+                    raise DataError(f"{path} holds a file named {name}, outside of the archive.")
+                if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
+                    destination = temporary / name
+                    destination.parent.mkdir(parents=True, exist_ok=True)
+                    destination.write_bytes(content.read())
         temporary.mkdir(parents=True, exist_ok=True)
         fsync(temporary)
         os.replace(temporary, target)
@@ -136,7 +139,5 @@ def unpack(
             raise disk_problem(error, target) from error
         raise
     finally:
-        import shutil
-
         shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -87,9 +87,10 @@ def in_folder(folder: Path, patterns: list[str]) -> dict[str, Package]:
 
 def control(path: Path) -> dict[str, str]:
     """The fields of a package's control file: ``Package``, ``Version``, ``Description``, ..."""
-    for name, content in archives.files(path, "control.tar"):
-        if name == "control":
-            return next(stanzas(content.read().decode("utf-8", "replace").splitlines()), {})
+    with archives.whole(path):
+        for name, content in archives.files(path, "control.tar"):
+            if name == "control":
+                return next(stanzas(content.read().decode("utf-8", "replace").splitlines()), {})
     raise DataError(f"{path} has no control file. Delete it and run the same command again.")
 
 
