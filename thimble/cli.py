@@ -6,7 +6,6 @@ import difflib
 import functools
 import inspect as signatures
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -259,6 +258,12 @@ def tokens_build(
     )
 
 
+@verb(app, "quickstart", overrides=True)
+def quickstart(overrides: Overrides = None) -> Any:
+    """All of it once, in minutes: real text, tokens, a small model, the gate, a sample."""
+    return api.quickstart(*check_options(overrides or [], ["--json", "--help"]))
+
+
 @verb(app, "plan", overrides=True)
 def plan(recipe: Recipe, overrides: Overrides = None) -> Any:
     """Parameters, FLOPs, tokens, hours, cost and memory of a run, before it is started."""
@@ -420,11 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = app(fill_resume(words), prog_name="thimble", standalone_mode=False) or 0
         if status == 130:
             raise KeyboardInterrupt
-        sys.stdout.flush()
         return int(status)
-    except BrokenPipeError:  # `thimble recipes | head -1`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (Exception, KeyboardInterrupt) as error:
         as_json = output.json or "--json" in words
         verbose = output.verbosity > 0 or "-v" in words or "--verbose" in words

@@ -42,10 +42,18 @@ def show(result: Any, *, as_json: bool) -> int:
     """Print what a verb returned; the exit status is 3 if it was a judgement and not passed."""
     if isinstance(result, Path):
         result = {"path": result}
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one speaks
+        try:
+            _print(result, as_json)
+            sys.stdout.flush()  # here, so that a full disk is an error and not an afterthought
+        except BrokenPipeError:  # `thimble recipes | head -1`: the reader has what it wanted
+            give_up_stdout()
+    return 3 if getattr(result, "accepted", True) is False else 0
+
+
+def _print(result: Any, as_json: bool) -> None:
     data = as_data(result)
-    if os.environ.get("RANK", "0") != "0":
-        pass  # one of several processes of torchrun; the first one speaks
-    elif as_json:
+    if as_json:
         print(json.dumps(data, ensure_ascii=False))
     elif hasattr(result, "render"):
         result.render(console())
@@ -54,14 +62,22 @@ def show(result: Any, *, as_json: bool) -> int:
         show_table(data)
         for warning in warnings:
             log.warning("%s", warning)
-    return 3 if getattr(result, "accepted", True) is False else 0
+
+
+def give_up_stdout() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter's exit does not try again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Any:
     """Standard output; wider than a terminal's 80 columns where it is a file or a pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    class Output(Console):
+        def on_broken_pipe(self) -> None:  # Rich would exit with status 1
+            raise BrokenPipeError
+
+    return Output(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
 
 
 def show_table(data: Mapping[str, Any]) -> None:
@@ -118,9 +134,12 @@ def show_error(
     if verbose:
         traceback.print_exception(error, file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": message, "status": status}, ensure_ascii=False))
-    else:
-        print(f"error: {message}" if status not in (75, 130) else message, file=sys.stderr)
+        try:
+            print(json.dumps({"error": message, "status": status}, ensure_ascii=False), flush=True)
+            return status
+        except OSError:  # standard output is what failed
+            give_up_stdout()
+    print(f"error: {message}" if status not in (75, 130) else message, file=sys.stderr)
     return status
 
 

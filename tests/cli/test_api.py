@@ -173,7 +173,8 @@ def test_a_corpus_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
     home = Path("data/corpus")
     with pytest.raises(DataError, match="thimble corpus build os_kernel"):
         api.find_corpus("os_kernel")
-    (home / "os_kernel-quick").mkdir(parents=True)
+    (home / "os_kernels-quick").mkdir(parents=True)
+    (home / "os_kernel-quick").mkdir()
     assert api.find_corpus("os_kernel") == home / "os_kernel-quick"
     (home / "os_kernel-full").mkdir()
     with pytest.raises(ConfigError, match="thimble tokens build data/corpus/os_kernel-full"):
