@@ -9,7 +9,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-for name in ("DISABLE_COMPILE", "LLAMA_TOKENIZER", "THIMBLE_HOME", "COLUMNS"):
+for name in ("DISABLE_COMPILE", "LLAMA_TOKENIZER", "THIMBLE_HOME", "COLUMNS", "PYTHONUNBUFFERED"):
     os.environ.pop(name, None)
 
 
