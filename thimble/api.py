@@ -16,6 +16,7 @@ from thimble.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from thimble.evaluation.acceptance import Acceptance
     from thimble.generation import Model
+    from thimble.quickstart import Quickstart
     from thimble.training import Run
     from thimble.training.plan import Plan
 
@@ -213,6 +214,13 @@ def inspect(path: PathLike) -> dict[str, Any]:
     from thimble.inspection import inspect as look
 
     return look(Path(path))
+
+
+def quickstart(*overrides: str) -> Quickstart:
+    """Text, tokens, ``slm_nano``, the gate and a sample; what is done already is not done again."""
+    from thimble.quickstart import quickstart as run
+
+    return run(*overrides)
 
 
 def recipes() -> list[dict[str, Any]]:

@@ -133,12 +133,14 @@ def show_error(
     message, status = explain_error(error, arguments)
     if verbose:
         traceback.print_exception(error, file=sys.stderr)
-    if as_json:
-        try:
-            print(json.dumps({"error": message, "status": status}, ensure_ascii=False), flush=True)
+    try:
+        if as_json:
+            print(json.dumps({"error": message, "status": status}, ensure_ascii=False))
+        sys.stdout.flush()
+        if as_json:
             return status
-        except OSError:  # standard output is what failed
-            give_up_stdout()
+    except OSError:  # standard output is what failed
+        give_up_stdout()
     print(f"error: {message}" if status not in (75, 130) else message, file=sys.stderr)
     return status
 

@@ -93,6 +93,17 @@ def test_many_small_sources_are_held_out_together() -> None:
     np.testing.assert_allclose(held_out, [0.9, 0.05, 0.05], atol=0.01)
 
 
+def test_one_large_group_is_trained_on_and_does_not_keep_others_from_being_held_out() -> None:
+    rows = [(f"g{i}", f"t{i}", 0, 1000) for i in range(700)]
+    lowest = min(hash64(row[0]) for row in rows)
+    first = next(name for name in map(str, range(10**6)) if hash64(name) < lowest)  # of all ranks
+    documents = made([*rows, (first, "long", 0, 300_000)])
+    plan = splits.plan(documents)
+    assert not plan.cuts
+    assert plan.split[-1] == TRAIN
+    np.testing.assert_allclose(shares(documents, plan.split, 0), [0.9, 0.05, 0.05], atol=0.003)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 40])
 def test_one_file_is_cut_at_lines(parts: int, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(parts)
@@ -113,7 +124,7 @@ def test_one_file_is_cut_at_lines(parts: int, caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize(
-    "text", ["漢" * 3000, "a" * 5000 + "\n", "\n" * 4000, "ab\n" * 1000 + "é" * 999]
+    "text", ["漢" * 3000 + "a", "a" * 5000 + "\n", "\n" * 4000, "ab\n" * 1000 + "é" * 999]
 )
 def test_text_without_usable_lines_is_cut_between_characters(text: str) -> None:
     plan = splits.plan(made([("file", text, 0, len(text.encode()))]))

@@ -191,6 +191,27 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
     return result
 
 
+def stored(run: str | Path) -> Acceptance | None:
+    """What ``accept`` found of a run before, if that still is its checkpoint, else None."""
+    file = Path(run) / RESULT
+    if not file.is_file():
+        return None
+    found = artifacts.read_json(file)
+    if found.get("checkpoint") != str(checkpoint.resolve(run)) or not found.get("evaluation"):
+        return None
+    return Acceptance(
+        checkpoint=Path(found["checkpoint"]),
+        run=Path(found["run"]),
+        conditions=[Condition(**condition) for condition in found["conditions"]],
+        ladder=[Rung(**rung) for rung in found["ladder"]],
+        samples=[Sample(**sample) for sample in found["samples"]],
+        **{
+            name: found[name]
+            for name in ("recipe", "step", "split", "evaluation", "notes", "created")
+        },
+    )
+
+
 def _run_of(directory: Path) -> Path:
     run = directory.resolve().parent.parent
     if not (run / CONFIG_FILE).is_file() or directory.resolve().parent.name != "checkpoints":

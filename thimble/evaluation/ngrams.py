@@ -83,7 +83,7 @@ class NgramModel:
             history = np.concatenate([[-1], ids[:-1]]) if n > 1 else ids
             code = history * self.vocab_size + stream
             ids = np.minimum(np.searchsorted(level.codes, code), len(level.codes) - 1)
-            ids = np.where((level.codes[ids] == code) & (history >= 0), ids, -1)
+            ids = np.where(level.codes[ids] == code, ids, -1)  # an unknown history's code is < 0
             if n in orders:
                 found[n] = _interpolate(level, level.counts, ids, history, p)[pad:]
             p = _interpolate(level, level.predecessors, ids, history, p)
