@@ -97,12 +97,15 @@ class ObjectiveConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule: linear warm-up, then cosine."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: Muon for the matrices, AdamW for the rest."
+    )
     learning_rate: float = Field(default=3e-4, gt=0, le=1, description="Highest learning rate.")
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = Field(
         default=[0.9, 0.95], description="Decay of AdamW's first and second moment."
     )
     eps: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator.")
+    momentum: Beta = Field(default=0.95, description="Decay of Muon's momentum.")
     weight_decay: float = Field(
         default=0.1,
         ge=0,

@@ -63,7 +63,8 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.qkv = Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim)
+        widths = (heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads))
+        self.qkv = Linear(hidden_size, *widths)
         self.output = Linear(num_heads * head_dim, hidden_size)
 
     def forward(

@@ -14,11 +14,13 @@ class Linear(nn.Linear):
     """A linear map without bias whose float32 weight follows the input's dtype.
 
     Six lines instead of autocast: the master weights stay float32 for the optimizer, the product
-    runs in bfloat16 where the activations do, and nothing depends on a global mode.
+    runs in bfloat16 where the activations do, and nothing depends on a global mode. Several heights
+    make one product of as many maps; ``parts`` remembers them.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, *out_features: int) -> None:
+        super().__init__(in_features, sum(out_features), bias=False)
+        self.parts = out_features
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -63,7 +65,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden_size, 2 * intermediate_size)
+        self.gate_up = Linear(hidden_size, intermediate_size, intermediate_size)
         self.down = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
-"""AdamW with decay on matrices only, and the warm-up and cosine schedule."""
+"""AdamW, or Muon with AdamW for what is no matrix; the warm-up and cosine schedule."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thimble.config.schema import OptimConfig
+
+# A quintic whose repeated application drives every singular value into about 0.7 .. 1.2 (Jordan et
+# al. 2024, https://kellerjordan.github.io/posts/muon).
+NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -24,29 +29,103 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW. Matrices decay; norms and the embedding do not.
+    """Fused AdamW, or Muon for the matrices. Matrices decay; norms and the embedding do not.
 
     A norm's scale has no direction to shrink, and a rare token's embedding, seldom updated, would
     fade between its occurrences. Each group carries ``names`` so that saved state can be matched.
     """
-    decay: list[tuple[str, nn.Parameter]] = []
-    keep: list[tuple[str, nn.Parameter]] = []
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
+    vocabulary = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    if isinstance(head := getattr(model, "head", None), nn.Linear):
+        vocabulary.add(id(head.weight))
     for name, parameter in model.named_parameters():
-        matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
-        (decay if matrix else keep).append((name, parameter))
+        matrix = parameter.dim() >= 2 and id(parameter) not in vocabulary
+        (matrices if matrix else others).append((name, parameter))
     groups = [
         {
             "params": [parameter for _, parameter in members],
             "weight_decay": weight_decay,
             "names": [name for name, _ in members],
         }
-        for members, weight_decay in ((decay, config.weight_decay), (keep, 0.0))
+        for members, weight_decay in ((matrices, config.weight_decay), (others, 0.0))
     ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.betas[0], config.betas[1]),
+        "eps": config.eps,
+        "fused": True,
+    }
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    parts = {id(m.weight): m.parts for m in model.modules() if hasattr(m, "parts")}
+    return Muon(groups, parts, config.momentum, **options)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the first group, AdamW for the others (Jordan et al. 2024).
+
+    The momentum of a matrix, made orthogonal, is its update: every direction it can act in moves
+    alike, where Adam's is dominated by few. It is scaled to the size of AdamW's update, so one rate
+    and one decay serve both (Liu et al. 2025, arXiv:2502.16982). torch.optim.Muon iterates in
+    bfloat16 and matrix by matrix, which a CPU without that format does at a fifth of this speed.
+
+    ``parts``: the heights of the independent maps that share a weight, by the weight's id; each is
+    made orthogonal by itself.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        parts: dict[int, tuple[int, ...]],
+        momentum: float,
+        **adamw: Any,
+    ) -> None:
+        super().__init__(groups, **adamw)
+        self.parts, self.momentum = parts, momentum
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        everything = self.param_groups
+        self.param_groups = everything[1:]
+        try:
+            super().step()
+        finally:
+            self.param_groups = everything
+        group = everything[0]
+        skip = getattr(self, "found_inf", None)
+        rate = group["lr"] if skip is None else group["lr"] * (1 - skip)
+        shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            kept, grad = state["momentum"], weight.grad
+            if skip is not None:
+                grad = torch.where(skip > 0, kept, grad)  # a bad gradient leaves no trace
+            kept.lerp_(grad, 1 - self.momentum)
+            ahead = grad.lerp(kept, self.momentum)
+            heights = self.parts.get(id(weight), (len(weight),))
+            for part, update in zip(weight.split(heights), ahead.split(heights), strict=True):
+                shapes.setdefault((part.shape[0], part.shape[1]), []).append((part, update))
+        for shape, members in shapes.items():  # matrices of one shape go through the products together
+            updates = orthogonal(torch.stack([update for _, update in members]))
+            size = 0.2 * math.sqrt(max(shape))
+            for (part, _), update in zip(members, updates, strict=True):
+                part.mul_(1 - rate * group["weight_decay"]).sub_(update.to(part.dtype) * (rate * size))
+
+
+def orthogonal(x_nij: Tensor) -> Tensor:
+    """The nearest matrices with orthonormal rows or columns, roughly: [N, I, J] -> [N, I, J]."""
+    a, b, c = NEWTON_SCHULZ
+    x = x_nij.bfloat16() if x_nij.is_cuda else x_nij
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
