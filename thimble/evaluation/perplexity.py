@@ -48,9 +48,9 @@ def evaluate_split(
     and gives the negative log-likelihood in nats of each target, float32 ``[B, T]``. Choosing
     evaluation mode and precision is its business; gradients are off here.
 
-    ``max_tokens`` limits the work to a fixed random choice of whole documents with at most so many
-    tokens together (never fewer than one document), put one after the other; all figures are then
-    of exactly these. ``advance(tokens)`` is called after each batch.
+    ``max_tokens`` limits the work to a fixed choice of whole documents, in which categories and
+    lengths keep their shares, with at most so many tokens together (never fewer than one document),
+    put one after the other; all figures are then of exactly these. ``advance(tokens)`` is called after each batch.
 
     Returns ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``tokens``, ``bytes``,
     ``documents`` and ``by_category``: the same for each category. Losses of NaN give NaN.
@@ -127,7 +127,7 @@ def choose_documents(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A split's stream and the tokens, bytes and category of each of its documents.
 
-    With ``max_tokens`` a fixed random choice of whole documents with at most so many tokens.
+    With ``max_tokens`` a fixed choice of whole documents with at most so many tokens.
     """
     table = split.documents
     lengths = table.column("tokens").to_numpy().astype(np.int64)
@@ -145,10 +145,16 @@ def choose_documents(
         )
     if max_tokens is None or lengths.sum() <= max_tokens:
         return split.tokens, lengths, sizes, categories
-    # The stream is in the order of the corpus, so its beginning may be a single source.
-    order = np.random.default_rng(0).permutation(len(lengths))
-    fitting = int(np.searchsorted(np.cumsum(lengths[order]), max_tokens, side="right"))
-    chosen = np.sort(order[: max(fitting, 1)])
+    # Every n-th document by category and length: the parts keep their shares, which a random choice
+    # loses to a few long documents.
+    order = np.lexsort((lengths, categories))
+    stride = lengths.sum() / max_tokens
+    while True:
+        picked = order[(np.arange(stride / 2, len(order), stride)).astype(np.int64)]
+        if len(picked) < 2 or lengths[picked].sum() <= max_tokens:
+            break
+        stride *= 1.02
+    chosen = np.sort(picked) if len(picked) else order[:1]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     stream = np.concatenate([split.tokens[starts[i] : starts[i + 1]] for i in chosen])
     return stream, lengths[chosen], sizes[chosen], categories[chosen]
