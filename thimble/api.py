@@ -14,6 +14,7 @@ from thimble.console import log
 from thimble.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
     from thimble.generation import Model
     from thimble.quickstart import Quickstart
@@ -214,6 +215,13 @@ def inspect(path: PathLike) -> dict[str, Any]:
     from thimble.inspection import inspect as look
 
     return look(Path(path))
+
+
+def doctor() -> Diagnosis:
+    """What this machine has (versions, devices, memory, disk, network, extras), what is amiss."""
+    from thimble.doctor import diagnose
+
+    return diagnose()
 
 
 def quickstart(*overrides: str) -> Quickstart:

@@ -366,6 +366,12 @@ def inspect(path: Annotated[str, typer.Argument(help="Corpus, tokens, checkpoint
     return api.inspect(path)
 
 
+@verb(app, "doctor")
+def doctor() -> Any:
+    """This machine: versions, devices, memory, disk, network, extras, and what is amiss."""
+    return api.doctor()
+
+
 @verb(app, "recipes")
 def recipes() -> Any:
     """The recipes there are."""

@@ -50,7 +50,8 @@ def evaluate_split(
 
     ``max_tokens`` limits the work to a fixed choice of whole documents, in which categories and
     lengths keep their shares, with at most so many tokens together (never fewer than one document),
-    put one after the other; all figures are then of exactly these. ``advance(tokens)`` is called after each batch.
+    put one after the other; all figures are then of exactly these. ``advance(tokens)`` is called
+    after each batch.
 
     Returns ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``tokens``, ``bytes``,
     ``documents`` and ``by_category``: the same for each category. Losses of NaN give NaN.

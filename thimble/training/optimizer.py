@@ -110,11 +110,16 @@ class Muon(torch.optim.AdamW):
             heights = self.parts.get(id(weight), (len(weight),))
             for part, update in zip(weight.split(heights), ahead.split(heights), strict=True):
                 shapes.setdefault((part.shape[0], part.shape[1]), []).append((part, update))
-        for shape, members in shapes.items():  # matrices of one shape go through the products together
+        for (
+            shape,
+            members,
+        ) in shapes.items():  # matrices of one shape go through the products together
             updates = orthogonal(torch.stack([update for _, update in members]))
             size = 0.2 * math.sqrt(max(shape))
             for (part, _), update in zip(members, updates, strict=True):
-                part.mul_(1 - rate * group["weight_decay"]).sub_(update.to(part.dtype) * (rate * size))
+                part.mul_(1 - rate * group["weight_decay"]).sub_(
+                    update.to(part.dtype) * (rate * size)
+                )
 
 
 def orthogonal(x_nij: Tensor) -> Tensor:
