@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thimble.config.schema import OptimConfig
+from thimble.models.layers import Linear
 
 # A quintic whose repeated application drives every singular value into about 0.7 .. 1.2 (Jordan et
 # al. 2024, https://kellerjordan.github.io/posts/muon).
@@ -58,7 +59,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     }
     if config.name == "adamw":
         return torch.optim.AdamW(groups, **options)
-    parts = {id(m.weight): m.parts for m in model.modules() if hasattr(m, "parts")}
+    parts = {id(m.weight): m.parts for m in model.modules() if isinstance(m, Linear)}
     return Muon(groups, parts, config.momentum, **options)
 
 
@@ -110,16 +111,12 @@ class Muon(torch.optim.AdamW):
             heights = self.parts.get(id(weight), (len(weight),))
             for part, update in zip(weight.split(heights), ahead.split(heights), strict=True):
                 shapes.setdefault((part.shape[0], part.shape[1]), []).append((part, update))
-        for (
-            shape,
-            members,
-        ) in shapes.items():  # matrices of one shape go through the products together
+        # Matrices of one shape go through the products together.
+        for shape, members in shapes.items():
             updates = orthogonal(torch.stack([update for _, update in members]))
-            size = 0.2 * math.sqrt(max(shape))
+            step = rate * 0.2 * math.sqrt(max(shape))
             for (part, _), update in zip(members, updates, strict=True):
-                part.mul_(1 - rate * group["weight_decay"]).sub_(
-                    update.to(part.dtype) * (rate * size)
-                )
+                part.mul_(1 - rate * group["weight_decay"]).sub_(update.to(part.dtype) * step)
 
 
 def orthogonal(x_nij: Tensor) -> Tensor:
