@@ -115,6 +115,9 @@ def train(
     recipe: PathLike | None = None,
     *overrides: str,
     resume: PathLike | None = None,
+    retry: int = 0,
+    on_success: str | None = None,
+    on_failure: str | None = None,
     **nested: Any,
 ) -> Run:
     """Train a recipe and return the run.
@@ -122,7 +125,9 @@ def train(
     ``overrides`` are ``"key=value"``, ``nested`` gives values as objects:
     ``train("slm_nano", optim={"learning_rate": 1e-3})``. ``resume`` is a run or a checkpoint to go
     on from, whose saved configuration then counts (with the overrides), or ``"auto"``: the newest
-    run of the recipe. What the plan warns of is logged before the first step.
+    run of the recipe. What the plan warns of is logged before the first step. ``retry``: how often
+    a run that a guard stopped is mended and goes on. ``on_success`` and ``on_failure`` are commands
+    for the shell, called at the end with THIMBLE_RUN, THIMBLE_STATUS and THIMBLE_REASON.
     """
     from thimble.config.load import load as load_config
 
@@ -133,24 +138,30 @@ def train(
     config = None if recipe is None else load_config(recipe, overrides, nested)
     # What is heavy comes after the check of what was typed.
     from thimble.training import plan as planning
-    from thimble.training import train as start
+    from thimble.training import train_with_retries
+    from thimble.training.hooks import told
     from thimble.training.run import RunFolder
 
     if resume is None:
         assert config is not None
         for warning in planning.plan(config).warnings:
             log.warning("%s", warning)
-        return start(config)
-    if config is not None and resume == "auto":
-        resume = RunFolder.newest(config.output_dir, config.recipe).path
-    run = RunFolder.containing(resume).path
-    saved = load_config(run, overrides, nested)
-    if config is not None and config.recipe != saved.recipe:
-        raise ConfigError(
-            f"{run} is a run of {saved.recipe}, not of {config.recipe}. Resume it with:\n"
-            f"  thimble train {saved.recipe} --resume {resume}"
+    else:
+        run = (
+            RunFolder.to_resume(config, resume).path
+            if config
+            else RunFolder.containing(resume).path
         )
-    return start(saved, resume=resume)
+        saved = load_config(run, overrides, nested)
+        if config is not None and config.recipe != saved.recipe:
+            raise ConfigError(
+                f"{run} is a run of {saved.recipe}, not of {config.recipe}. Resume it with:\n"
+                f"  thimble train {saved.recipe} --resume {resume}"
+            )
+        config, resume = saved, run if resume == "auto" else resume
+    with told(on_success, on_failure) as runs:
+        runs.append(train_with_retries(config, retry, resume))
+    return runs[0]
 
 
 def load(path: PathLike, device: str = "auto") -> Model:

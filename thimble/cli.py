@@ -286,15 +286,30 @@ def train(
         typer.Option(metavar="[auto|PATH]", help="Go on: the newest run, or this run/checkpoint."),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Short for training.max_steps=N.")] = None,
+    retry: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Mend a stopped run so often; default: 3 without a terminal, or 0."
+        ),
+    ] = None,
+    on_success: Annotated[str | None, typer.Option(help="Shell command to call then.")] = None,
+    on_failure: Annotated[str | None, typer.Option(help="Shell command to call then.")] = None,
 ) -> Any:
     """Train a model by a recipe."""
-    words = check_options(overrides or [], ["--resume", "--max-steps", "--json", "--help"])
+    words = check_options(
+        overrides or [],
+        ["--resume", "--max-steps", "--retry", "--on-success", "--on-failure", "--json", "--help"],
+    )
     if recipe is not None and ("=" in recipe or recipe.startswith("-")) and resume:
         words.insert(0, recipe)  # `train --resume PATH key=value`: the run knows its recipe
         recipe = None
     if max_steps is not None:
         words.append(f"training.max_steps={max_steps}")
-    return api.train(recipe, *words, resume=resume)
+    if retry is None:
+        retry = 0 if sys.stderr.isatty() else 3
+    return api.train(
+        recipe, *words, resume=resume, retry=retry, on_success=on_success, on_failure=on_failure
+    )
 
 
 @verb(app, "accept")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ThimbleError(Exception):
@@ -33,6 +34,10 @@ class GuardStop(ThimbleError):
     """A guard ended a training run; the last good checkpoint is untouched."""
 
     status = 4
+
+    def __init__(self, message: str, run: Path) -> None:
+        super().__init__(message)
+        self.run = run
 
 
 class DataError(ThimbleError):

@@ -148,6 +148,16 @@ class TrainingConfig(Section):
         default="auto",
         description="torch.compile; auto: where it pays off. DISABLE_COMPILE=1 means off.",
     )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="Compute each block's activations again for the backward pass: less memory, "
+        "about a third more time.",
+    )
+    skip_windows: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
+        default=[],
+        description="Places in the order of the windows, [first, end), that no step takes; "
+        "a retry passes over a bad batch so.",
+    )
     deterministic: bool = Field(
         default=False,
         description="Deterministic kernels only: slower, repeatable to the bit.",

@@ -42,7 +42,7 @@ def measure(
 
     The result is kept as ``baselines-<split>.json`` in the directory and is good as long as its
     tokens are the same. ``train_tokens`` bounds the training text the n-gram models count: whole
-    documents, chosen at random; time and memory grow with it.
+    documents, evenly chosen; time and memory grow with it.
 
     Returns ``rungs`` (name -> bits per byte), ``tokens``, ``bytes`` and ``documents`` they were
     measured on, ``train_tokens`` and ``train_tokens_available``, and ``notes`` (what was left out

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from thimble.models.attention import Attention, KVCache
 from thimble.models.layers import Linear, RMSNorm, SwiGLU, rotary_table
@@ -45,7 +46,8 @@ class CausalLM(nn.Module):
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
     Parameters are float32; ``compute_dtype`` is what activations and products run in. The head
-    shares the embedding's weight when ``tie_word_embeddings`` is set.
+    shares the embedding's weight when ``tie_word_embeddings`` is set. With
+    ``checkpoint_activations`` a block keeps only its input for the backward pass.
     """
 
     rope_2tc: Tensor
@@ -54,6 +56,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.checkpoint_activations = False
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -97,8 +100,12 @@ class CausalLM(nn.Module):
         past = state[0].length if state else 0
         rope = self.rope_2tc[:, past : past + ids_bt.shape[1]]
         x = F.embedding(ids_bt, self.embedding.weight).to(self.compute_dtype)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
-            x = block(x, rope, state[index] if state else None)
+            if recompute:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, state[index] if state else None)
         return self.norm(x)
 
     def forward(self, ids_bt: Tensor, state: list[KVCache] | None = None) -> Tensor:

@@ -46,9 +46,10 @@ from thimble.training.run import Run, RunFolder
 def train(config: Config, resume: str | Path | None = None) -> Run:
     """Train a model as configured, in a new run folder or, with ``resume``, going on in that one.
 
-    ``resume`` is a run folder, a checkpoint in one, or ``auto`` for the newest run of the recipe.
-    Returns the finished run. Raises GuardStop when a guard ended it, Interrupted after SIGINT or
-    SIGTERM (everything saved), and the errors of bad input before the first step.
+    ``resume`` is a run folder, a checkpoint in one, or ``auto`` for the newest run of the recipe;
+    a run that was stopped before its first checkpoint begins anew in its folder. Returns the
+    finished run. Raises GuardStop when a guard ended it, Interrupted after SIGINT or SIGTERM
+    (everything saved), and the errors of bad input before the first step.
     """
     processes = Processes()
     device = devices.resolve_device(config.device)
@@ -58,10 +59,8 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
         if resume is None:
             path = str(RunFolder.create(config).path) if processes.main else ""
             folder = RunFolder(processes.share(path))
-        elif str(resume) == "auto":
-            folder = RunFolder.newest(config.output_dir, config.recipe)
         else:
-            folder = RunFolder.containing(resume)
+            folder = RunFolder.to_resume(config, resume)
         lock = artifacts.locked(folder.path, "run") if processes.main else contextlib.nullcontext()
         with lock:
             try:
@@ -100,6 +99,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         self.model = CausalLM(config.model).initialize(generator).to(device)
         self.model.compute_dtype = devices.resolve_precision(config.precision, device)
+        self.model.checkpoint_activations = config.training.checkpoint_activations
         # Nothing here draws from the global generators; seeded, a library below that does repeats.
         torch.manual_seed(config.seed)
         np.random.seed(config.seed % 2**32)
@@ -125,6 +125,9 @@ class Trainer:
     def step(self) -> None:
         """One update from one global batch; leaves loss and gradient norm on the device."""
         state, config = self.state, self.config
+        for first, end in sorted(config.training.skip_windows):
+            if first < state.windows + self.batch_size and state.windows < end:
+                state.windows = end
         inputs, targets = self.windows.batch(state.windows, self.batch_size)
         # The mean over all targets of the step: whatever way it is split, the same gradient.
         count = int((targets != -100).sum())
@@ -371,6 +374,10 @@ class Trainer:
         }
 
     def resume(self, folder: RunFolder, given: Path) -> None:
+        if not checkpoint.steps(folder.checkpoints):
+            log.info("%s has no checkpoint yet and begins anew.", folder.path)
+            folder.rewind(-1)
+            return
         directory = checkpoint.newest_valid(folder.checkpoints)
         if given.name != directory.name and checkpoint.STEP.match(given.name):
             raise DataError(
@@ -385,6 +392,9 @@ class Trainer:
                     f"{directory} was trained with {key}={cursor[key]}, now it is {mine[key]}: "
                     "its place in the data would mean nothing. Start a new run instead."
                 )
+        stops = [record for record in folder.records() if record.get("event") == "guard"]
+        if stops and stops[-1]["kind"] == "plateau" and stops[-1]["step"] >= self.state.step:
+            self.state.lowest_loss = None  # it has been seen; whoever goes on begins to count anew
         self.loss_sum.fill_(self.state.pending_loss)
         self.counted_tokens = self.state.tokens
         if self.processes.main:
@@ -395,7 +405,8 @@ class Trainer:
     def stop(self, verdict: guards.Verdict) -> None:
         """End the run; checkpoints and pointers stay as they are."""
         latest = self.folder.pointed("latest")
-        place = self.state.windows - self.batch_size
+        # On a GPU the host may learn of a bad step a few steps later.
+        place = self.state.windows - (self.state.step - verdict.step) * self.batch_size
         event = {
             "event": "guard",
             "kind": verdict.kind,
@@ -408,9 +419,8 @@ class Trainer:
         good = (
             f"The last good checkpoint is {latest}." if latest else "No checkpoint was saved yet."
         )
-        raise GuardStop(
-            f"Stopped at step {verdict.step:,}: {verdict.reason}. {good} {verdict.advice}"
-        )
+        message = f"Stopped at step {verdict.step:,}: {verdict.reason}. {good} {verdict.advice}"
+        raise GuardStop(message, self.folder.path)
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:

@@ -90,6 +90,13 @@ class RunFolder:
             raise DataError(f"There is no run of {recipe} in {parent} to resume.")
         return folders[-1]
 
+    @classmethod
+    def to_resume(cls, config: Config, resume: str | Path) -> RunFolder:
+        """The run meant by ``--resume``: ``auto`` is the newest of the recipe."""
+        if str(resume) == "auto":
+            return cls.newest(config.output_dir, config.recipe)
+        return cls.containing(resume)
+
     def point(self, name: str, checkpoint: Path) -> None:
         write_text(self.checkpoints / name, checkpoint.name + "\n")
 
