@@ -210,7 +210,7 @@ def test_json_has_no_nan(thimble_command: Command, monkeypatch: pytest.MonkeyPat
     [
         (errors.ConfigError("no"), 2),
         (errors.NotAccepted("no"), 3),
-        (errors.GuardStop("no"), 4),
+        (errors.GuardStop("no", Path("run")), 4),
         (errors.DataError("no"), 5),
         (errors.EnvironmentProblem("no"), 6),
         (errors.Interrupted("no"), 75),
