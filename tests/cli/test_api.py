@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,7 +79,12 @@ def test_what_the_plan_warns_of_is_said_before_training(
     run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setattr("thimble.training.train", lambda config: seen.extend(caplog.messages))
+
+    def instead(*_: object) -> SimpleNamespace:
+        seen.extend(caplog.messages)
+        return SimpleNamespace(path=run, status="finished")
+
+    monkeypatch.setattr("thimble.training.train_with_retries", instead)
     monkeypatch.setattr(logging.getLogger("thimble"), "propagate", True)
     thimble.train(run, "optim.warmup_steps=4000")
     assert any("optim.warmup_steps=" in message for message in seen)
