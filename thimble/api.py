@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from thimble.evaluation.acceptance import Acceptance
     from thimble.generation import Model
     from thimble.quickstart import Quickstart
+    from thimble.report import Report
     from thimble.training import Run
     from thimble.training.plan import Plan
 
@@ -226,6 +227,13 @@ def inspect(path: PathLike) -> dict[str, Any]:
     from thimble.inspection import inspect as look
 
     return look(Path(path))
+
+
+def report(path: PathLike) -> Report:
+    """One self-contained HTML page about a run, and its plots as PNG, written into the run."""
+    from thimble.report import report as write
+
+    return write(path)
 
 
 def doctor() -> Diagnosis:

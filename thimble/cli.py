@@ -381,6 +381,12 @@ def inspect(path: Annotated[str, typer.Argument(help="Corpus, tokens, checkpoint
     return api.inspect(path)
 
 
+@verb(app, "report")
+def report(run: Annotated[str, typer.Argument(help="Folder of a run.")]) -> Any:
+    """A page about a run to look at: curves, samples, data, tables; and plots as PNG."""
+    return api.report(run)
+
+
 @verb(app, "doctor")
 def doctor() -> Any:
     """This machine: versions, devices, memory, disk, network, extras, and what is amiss."""

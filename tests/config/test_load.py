@@ -63,6 +63,7 @@ def test_specification_settings(recipe: str) -> None:
         "learning_rate": 3e-4,
         "betas": [0.9, 0.95],
         "eps": 1e-8,
+        "momentum": 0.95,
         "weight_decay": 0.1,
         "grad_clip": 1.0,
         "warmup_steps": 2000,
