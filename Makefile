@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: install install-dev quickstart test check clean
+.PHONY: install install-dev browser quickstart test check clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -32,6 +32,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The report is tested in a real browser where there is one, or where one can be installed.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && echo "Installing chromium ..." && \
+	    apt-get update -qq >/dev/null && \
+	    apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1; } || \
+	  echo "No chromium: the test that looks at the report will be skipped."
+
 quickstart: install
 	@$(BIN)/thimble quickstart
 
@@ -42,7 +50,7 @@ check: install-dev
 
 # One process per core; each of them computes with one thread, which is faster for tiny models than
 # two threads that wait for each other.
-test: install-dev check
+test: install-dev check browser
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 clean:
