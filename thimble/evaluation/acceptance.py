@@ -248,7 +248,7 @@ def _record_condition(path: Path, step: int | None) -> Condition:
         if event == "guard":
             stops.append(record)
         elif event == "resumed":
-            stops = [stop for stop in stops if stop["step"] <= record["step"]]
+            stops = [stop for stop in stops if stop["step"] < record["step"]]
         elif event is None:
             records += 1
             bad += [f"{key} {value} at step {record['step']}" for key, value in _not_finite(record)]

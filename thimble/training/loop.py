@@ -376,7 +376,9 @@ class Trainer:
     def resume(self, folder: RunFolder, given: Path) -> None:
         if not checkpoint.steps(folder.checkpoints):
             log.info("%s has no checkpoint yet and begins anew.", folder.path)
-            folder.rewind(-1)
+            if self.processes.main:
+                folder.rewind(-1)
+                folder.append({"event": "resumed", "step": 0})
             return
         directory = checkpoint.newest_valid(folder.checkpoints)
         if given.name != directory.name and checkpoint.STEP.match(given.name):
