@@ -64,6 +64,7 @@ def test_specification_settings(recipe: str) -> None:
         "betas": [0.9, 0.95],
         "eps": 1e-8,
         "momentum": 0.95,
+        "adamw_lr_ratio": 1.0,
         "weight_decay": 0.1,
         "grad_clip": 1.0,
         "warmup_steps": 2000,

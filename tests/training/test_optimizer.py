@@ -113,3 +113,11 @@ def test_decay_is_for_the_matrices_of_the_blocks(name: str, tmp_path: Path) -> N
     assert all("norm" not in each and "embedding" not in each for each in decayed["names"])
     kinds = {each.split(".")[-2] for each in decayed["names"]}
     assert kinds == {"qkv", "output", "gate_up", "down"}
+
+
+def test_what_adamw_updates_has_its_own_rate(tmp_path: Path) -> None:
+    options = ["optim=muon", "optim.adamw_lr_ratio=3.0", "optim.warmup_steps=0"]
+    trainer = helpers.trainer(helpers.config(tmp_path, *options, "optim.learning_rate=0.01"))
+    trainer.step()
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates == pytest.approx([0.01, 0.03])

@@ -106,6 +106,12 @@ class OptimConfig(Section):
     )
     eps: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator.")
     momentum: Beta = Field(default=0.95, description="Decay of Muon's momentum.")
+    adamw_lr_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        description="With muon: the rate of what AdamW updates (embedding, head, norms), as a "
+        "multiple of the learning rate.",
+    )
     weight_decay: float = Field(
         default=0.1,
         ge=0,

@@ -151,7 +151,8 @@ class Trainer:
         half = self.scaler.is_enabled()
         skip = self.guard.observe(state.step, loss, self.norm, half)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, state.step, self.max_steps)
+            rate = learning_rate(config.optim, state.step, self.max_steps)
+            group["lr"] = rate * group["lr_ratio"]
         if half:
             self.scaler.step(self.optimizer)
             self.scaler.update()

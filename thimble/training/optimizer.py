@@ -43,13 +43,18 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() >= 2 and id(parameter) not in vocabulary
         (matrices if matrix else others).append((name, parameter))
+    ratio = config.adamw_lr_ratio if config.name == "muon" else 1.0
     groups = [
         {
             "params": [parameter for _, parameter in members],
             "weight_decay": weight_decay,
+            "lr_ratio": lr_ratio,
             "names": [name for name, _ in members],
         }
-        for members, weight_decay in ((matrices, config.weight_decay), (others, 0.0))
+        for members, weight_decay, lr_ratio in (
+            (matrices, config.weight_decay, 1.0),
+            (others, 0.0, ratio),
+        )
     ]
     options: dict[str, Any] = {
         "lr": config.learning_rate,
