@@ -215,15 +215,19 @@ def main() -> None:
     import transformers
 
     print(f"transformers {transformers.__version__}")
-    config = load(options.recipe, ["training.compile=off", *options.override])
+    # Everybody's optimizer is AdamW, whatever the recipe takes.
+    config = load(options.recipe, ["training.compile=off", "optim=adamw", *options.override])
     data = RandomTokens(config.model.vocab_size)
     contestants = {
         "thimble": thimble_contestant(config, data),
         "transformers Trainer": transformers_contestant(config, data),
     }
     if options.compiled:
-        compiled = load(options.recipe, ["training.compile=on", *options.override])
+        compiled = load(options.recipe, ["training.compile=on", "optim=adamw", *options.override])
         contestants["thimble, compiled"] = thimble_contestant(compiled, data)
+    own = load(options.recipe, ["training.compile=off", *options.override])
+    if own.optim.name != "adamw":
+        contestants[f"thimble, {own.optim.name}"] = thimble_contestant(own, data)
     if options.nanogpt:
         contestants["nanoGPT's step"] = nanogpt_contestant(config, data, options.nanogpt)
     with torch.device("meta"):

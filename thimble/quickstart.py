@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 RECIPE = "slm_nano"
 QUESTION = "What does the command mount do?"
-PROMPT = "NAME\n"
+PROMPT = "The kernel module"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Quickstart:
             console.print(Text(asked, "bold").append(given, "not bold"))
         console.print()
         console.print(f"The run, with its records and checkpoints: {self.run}")
+        console.print(f"To look at: thimble report {self.run}")
         console.print(f'Next: thimble generate {self.run} --prompt "The kernel module"')
         console.print(
             "      thimble corpus build --from YOUR_FOLDER   the same with text of your own"
