@@ -31,9 +31,10 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-# Up to this many positions a CPU trains faster with the scores written out: torch's CPU flash
-# attention takes several times its forward for its backward. At 256 positions the explicit form
-# took half the time, at 1024 as much (benchmarks/train_cpu.py --attention).
+# In bfloat16 a CPU with instructions for it trains faster with the scores written out, up to this
+# many positions: torch's CPU flash attention takes several times its forward for its backward
+# there. At 256 positions the explicit form took half the time, at 1024 as much. In float32 torch's
+# is the faster one at every length (`benchmarks/train_cpu.py --attention` shows both).
 SHORT = 512
 
 
@@ -81,7 +82,8 @@ class Attention(nn.Module):
         rotated = rotate(qkv[:, : heads + kv_heads], rope_2tc)
         q, k = rotated[:, :heads], rotated[:, heads:]
         v = qkv[:, heads + kv_heads :]
-        if state is None and q.device.type == "cpu" and time <= SHORT and torch.is_grad_enabled():
+        on_cpu = q.device.type == "cpu" and q.dtype is torch.bfloat16
+        if state is None and on_cpu and time <= SHORT and torch.is_grad_enabled():
             y = short_causal_attention(q, k, v)
         else:
             mask = None
