@@ -336,7 +336,7 @@ def _said(target: Path) -> Path:
     if counts["bytes"] < 1_000_000:
         log.warning(
             "%.0f kB of text is very little: a model will learn its letters and commonest words, "
-            "not its language. The corpus os_kernel has 40,000 kB.",
+            "not its language. The corpus os_kernel has 28,000 kB.",
             counts["bytes"] / 1e3,
         )
     return target
