@@ -55,6 +55,7 @@ def config(output_dir: Path, *overrides: str) -> Config:
             "training.save_every=4",
             "optim.warmup_steps=4",
             "optim.learning_rate=0.01",
+            "optim.min_lr_ratio=0.1",
             "evaluation.prompts=[the kernel]",
             "evaluation.max_tokens=300",
             "precision=float32",

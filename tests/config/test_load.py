@@ -15,7 +15,7 @@ from thimble.errors import ConfigError, DataError
 
 # The table of the specification, to the parameter.
 SIZES = {
-    "slm_nano": 2_000_512,
+    "slm_nano": 1_573_824,
     "slm_tiny": 10_390_784,
     "slm_small": 46_801_408,
     "slm_medium": 147_278_592,
@@ -340,14 +340,14 @@ def test_an_unknown_key_in_a_file_is_answered_with_the_nearest(tmp_path: Path) -
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_run(tmp_path)
-    assert proposed(caught.value) == ["optim.warmup_steps=50"]
+    assert proposed(caught.value) == ["optim.warmup_steps=10"]
 
 
 def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:
     save(load("slm_nano"), tmp_path / "config.yaml")
-    text = (tmp_path / "config.yaml").read_text().replace("0.003", "3e-3")
+    text = (tmp_path / "config.yaml").read_text().replace("0.008", "8e-3")
     (tmp_path / "config.yaml").write_text(text)
-    assert load_run(tmp_path).optim.learning_rate == 3e-3
+    assert load_run(tmp_path).optim.learning_rate == 8e-3
 
 
 def test_a_missing_run_and_a_misspelt_recipe_are_different_errors(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ train(config("warm", 1))  # what is loaded once
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = used + int(sys.argv[2]) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-run = train_with_retries(config("tight", 2048), 8)
+run = train_with_retries(config("tight", 8192), 8)
 print(run.path)
 """
 
@@ -165,9 +165,9 @@ def test_too_little_memory_halves_the_micro_batch(tmp_path: Path) -> None:
     *stopped, last = attempts(run)
     assert last["outcome"] == "finished"
     assert [attempt["kind"] for attempt in stopped] == ["out_of_memory"] * len(stopped)
-    assert stopped[0]["change"]["training.micro_batch_size"] == {"from": 2048, "to": 1024}
+    assert stopped[0]["change"]["training.micro_batch_size"] == {"from": 8192, "to": 4096}
     training = load_run(run).training
-    assert training.micro_batch_size * training.gradient_accumulation_steps == 2048
+    assert training.micro_batch_size * training.gradient_accumulation_steps == 8192
     assert training.checkpoint_activations == (len(stopped) > 1)
 
 

@@ -108,6 +108,7 @@ class Muon(torch.optim.AdamW):
             state = self.state[weight]
             if not state:
                 state["momentum"] = torch.zeros_like(weight)
+                state["step"] = torch.zeros(())  # unused; AdamW looks for it in what it loads
             kept, grad = state["momentum"], weight.grad
             if skip is not None:
                 grad = torch.where(skip > 0, kept, grad)  # a bad gradient leaves no trace
