@@ -31,7 +31,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
     def note(name: str) -> Any:
         return lambda *args, **options: made.append((name, args, options))
 
-    for name in ("build_corpus", "build_tokens", "plan", "train", "accept", "generate", "chat"):
+    for name in (
+        *("build_corpus", "build_tokens", "plan", "train", "accept", "generate", "chat"),
+        *("report", "doctor", "quickstart"),
+    ):
         monkeypatch.setattr(api, name, note(name))
     return made
 
@@ -137,7 +140,9 @@ def test_a_misspelt_word_is_answered_with_the_line_as_it_was_meant(
 
 
 def test_an_impossible_shape_is_answered_with_overrides(thimble_command: Command) -> None:
-    answer = thimble_command("train", "slm_nano", "model.num_attention_heads=5")
+    answer = thimble_command(
+        "train", "slm_nano", "model.num_attention_heads=5", "model.num_key_value_heads=2"
+    )
     assert answer.status == 2
     assert "\n  model.num_key_value_heads=1\n  model.num_attention_heads=4\n" in answer.err
 
