@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import helpers_training as helpers
+from thimble.config.load import load_run
 from thimble.errors import DataError, EnvironmentProblem, Interrupted
 from thimble.training import checkpoint, train
 from thimble.training.loop import Trainer
@@ -243,3 +244,14 @@ class _Counting:
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         self.reads.append(index.shape)
         return self.inner[index]
+
+
+def test_a_finished_run_says_that_nothing_is_left(
+    uninterrupted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (uninterrupted / "checkpoints" / "step-000012" / "optimizer.pt").read_bytes()
+    with caplog.at_level("INFO", "thimble"):
+        run = train(load_run(uninterrupted), resume=uninterrupted)
+    assert run.status == "finished"
+    assert "All 12 steps are done" in caplog.text
+    assert (uninterrupted / "checkpoints" / "step-000012" / "optimizer.pt").read_bytes() == before

@@ -191,6 +191,8 @@ class Trainer:
             self.panel, self.folder, self.loggers = panel, folder, loggers
             log.info("%s", title)
             log.info("run folder: %s", folder.path)
+            if state.step >= self.max_steps:
+                log.info("All %d steps are done; for more: training.max_steps=N", self.max_steps)
             self.started = self.clock = time.perf_counter()
             try:
                 while state.step < self.max_steps:
