@@ -15,7 +15,7 @@ from tests import helpers_training as helpers
 from thimble import api
 from thimble.config.load import load_run
 from thimble.config.schema import Config
-from thimble.errors import GuardStop
+from thimble.errors import DataError, GuardStop
 from thimble.models.causal_lm import CausalLM
 from thimble.objectives.next_token import NextToken
 from thimble.tokens.loader import Windows
@@ -68,6 +68,22 @@ def test_a_poisoned_batch_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mon
     assert events == ["guard", "resumed", "finished"]
     cursor = json.loads((run.path / "checkpoints" / "step-000012" / "data_cursor.json").read_text())
     assert cursor["windows_seen"] == 12 * 4 + 4  # one batch more than the steps took
+
+
+def test_an_old_checkpoint_is_refused_with_retries_too(tmp_path: Path) -> None:
+    run = train(helpers.config(tmp_path)).path
+    with pytest.raises(DataError, match="not the newest usable checkpoint"):
+        train_with_retries(load_run(run), 3, run / "checkpoints" / "step-000004")
+
+
+def test_attempts_of_an_earlier_call_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = helpers.config(tmp_path, "training.micro_batch_size=2")
+    poison_batch(config, 26, monkeypatch)
+    run = train_with_retries(config, 3).path
+    train_with_retries(load_run(run), 3, run)
+    assert [attempt["attempt"] for attempt in attempts(run)] == [1, 2, 3]
 
 
 def test_windows_that_are_skipped_are_not_seen(

@@ -40,21 +40,24 @@ def train_with_retries(config: Config, retries: int, resume: str | Path | None =
         retries = 0
     if not retries:
         return loop.train(config, resume)
-    folder = RunFolder.to_resume(config, resume) if resume is not None else None
     attempts: list[dict[str, Any]] = []
+    if resume is not None:
+        earlier = RunFolder.to_resume(config, resume).path / ATTEMPTS
+        attempts = artifacts.read_json(earlier) if earlier.is_file() else []
     for attempt in range(retries + 1):
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         try:
-            run = loop.train(config, resume=folder.path if folder else None)
+            run = loop.train(config, resume=resume)
         except GuardStop as error:
             folder = RunFolder(error.run)
+            resume = folder.path
             failure = _failure(folder)
             last = attempt == retries
             change = {} if last else remedy(failure["kind"], failure["windows"], config, attempts)
             before = config.model_dump(mode="json")
             attempts.append(
                 {
-                    "attempt": attempt + 1,
+                    "attempt": len(attempts) + 1,
                     "started": started,
                     "outcome": "stopped",
                     **failure,
@@ -83,7 +86,7 @@ def train_with_retries(config: Config, retries: int, resume: str | Path | None =
             configuration.save(config, folder.path / configuration.CONFIG_FILE)
         else:
             if attempts:
-                done = {"attempt": attempt + 1, "started": started, "outcome": run.status}
+                done = {"attempt": len(attempts) + 1, "started": started, "outcome": run.status}
                 artifacts.write_json(run.path / ATTEMPTS, [*attempts, done])
             return run
         gc.collect()  # the stopped attempt's model, which its traceback held
@@ -133,11 +136,11 @@ def remedy(
             change["training.gradient_accumulation_steps"] = (
                 training.gradient_accumulation_steps * (micro // smaller)
             )
-        again = any(attempt["kind"] == kind for attempt in attempts)
+        again = any(attempt.get("kind") == kind for attempt in attempts)
         if (again or micro == 1) and not training.checkpoint_activations:
             change["training.checkpoint_activations"] = True
         return change
-    if kind == "plateau" and not any(attempt["kind"] == kind for attempt in attempts):
+    if kind == "plateau" and not any(attempt.get("kind") == kind for attempt in attempts):
         return {"optim.learning_rate": min(2 * optim.learning_rate, 1.0)}
     return {}
 
