@@ -31,7 +31,7 @@ class Report:
 def report(path: str | Path) -> Report:
     """Write ``report.html`` and ``plots/*.png`` into a run, from what its folder holds.
 
-    Raises DataError when it is no run or has no record yet. Acceptance, evaluation, attempts and
+    Raises DataError when it is no run or has no record yet. Acceptance, attempts and
     the statistics of tokens and corpus are shown where they are found; otherwise ``missing`` names
     the command that makes them.
     """
@@ -48,7 +48,6 @@ def report(path: str | Path) -> Report:
     events = [record for record in records if "event" in record]
     missing: list[str] = []
     acceptance = _read(run.path / "acceptance.json", f"thimble accept {run.path}", missing)
-    evaluation = _read(run.path / "evaluation_report.json", f"thimble evaluate {run.path}", missing)
     attempts = _read(run.path / "attempts.json", None, missing) or []
     rungs = {rung["name"]: rung["bits_per_byte"] for rung in (acceptance or {}).get("ladder", [])}
     charts = list(curve_charts(training, evaluations, events, rungs))
@@ -69,7 +68,6 @@ def report(path: str | Path) -> Report:
         version=__version__,
         facts=facts,
         acceptance=acceptance,
-        evaluation=evaluation,
         attempts=[_attempt(attempt) for attempt in attempts],
         charts=charts,
         samples=_samples(run),
