@@ -25,7 +25,8 @@ def told(on_success: str | None, on_failure: str | None) -> Iterator[list[Run]]:
     try:
         yield runs
     except BaseException as error:
-        status = error.status if isinstance(error, ThimbleError) else 1
+        interrupted = 130 if isinstance(error, KeyboardInterrupt) else 1
+        status = error.status if isinstance(error, ThimbleError) else interrupted
         call(on_failure, getattr(error, "run", None), status, str(error) or type(error).__name__)
         raise
     call(on_success, runs[0].path, 0, runs[0].status)
