@@ -157,7 +157,7 @@ class TrainingConfig(Section):
     checkpoint_activations: bool = Field(
         default=False,
         description="Compute each block's activations again for the backward pass: less memory, "
-        "about a third more time.",
+        "more time.",
     )
     skip_windows: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
         default=[],

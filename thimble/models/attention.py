@@ -33,8 +33,8 @@ class KVCache:
 
 # In bfloat16 a CPU with instructions for it trains faster with the scores written out, up to this
 # many positions: torch's CPU flash attention takes several times its forward for its backward
-# there. At 256 positions the explicit form took half the time, at 1024 as much. In float32 torch's
-# is the faster one at every length (`benchmarks/train_cpu.py --attention` shows both).
+# there. In float32 torch's is the faster one at every length (`benchmarks/train_cpu.py
+# --attention` measures both in the machine's precision).
 SHORT = 512
 
 

@@ -74,7 +74,7 @@ class Muon(torch.optim.AdamW):
     The momentum of a matrix, made orthogonal, is its update: every direction it can act in moves
     alike, where Adam's is dominated by few. It is scaled to the size of AdamW's update, so one rate
     and one decay serve both (Liu et al. 2025, arXiv:2502.16982). torch.optim.Muon iterates in
-    bfloat16 and matrix by matrix, which a CPU without that format does at a fifth of this speed.
+    bfloat16 and matrix by matrix, which is slow on a CPU without that format.
 
     ``parts``: the heights of the independent maps that share a weight, by the weight's id; each is
     made orthogonal by itself.
