@@ -16,6 +16,7 @@ from thimble.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
+    from thimble.evaluation.evaluate import Evaluation, Selection
     from thimble.generation import Model
     from thimble.quickstart import Quickstart
     from thimble.report import Report
@@ -177,6 +178,37 @@ def accept(path: PathLike, *, split: str = "val", device: str = "auto") -> Accep
     from thimble.evaluation.acceptance import accept as judge
 
     return judge(Path(path), split=split, device=device)
+
+
+def evaluate(
+    *paths: PathLike,
+    every: bool = False,
+    split: str = "test",
+    tokens: PathLike | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    device: str = "auto",
+) -> Evaluation | Selection:
+    """Measure a checkpoint on held-out text, by category, its generation, speed and benchmark.
+
+    One path gives an ``Evaluation``, kept as ``evaluation_report.json`` in the checkpoint. Several,
+    or a run with ``every`` (all its checkpoints), give a ``Selection``: the ranking by weighted
+    score, kept as ``best_checkpoint_selection.json``. ``tokens``: held-out text for a checkpoint
+    that is not of a run of ours. ``tasks``: of lm-evaluation-harness, ``limit`` items of each.
+    """
+    from thimble.evaluation.evaluate import all_checkpoints, select
+    from thimble.evaluation.evaluate import evaluate as measure
+
+    chosen = [path for run in paths for path in (all_checkpoints(run) if every else [run])]
+    if not chosen:
+        raise ConfigError("Which checkpoint? For example:\n  thimble evaluate runs/slm_nano/...")
+    options: dict[str, Any] = {"split": split, "tokens": tokens, "tasks": tasks, "limit": limit}
+    several = len(chosen) > 1
+    return (
+        select(chosen, device=device, **options)
+        if several
+        else measure(chosen[0], device=device, **options)
+    )
 
 
 def generate(

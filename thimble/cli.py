@@ -322,6 +322,34 @@ def accept(
     return api.accept(checkpoint, split=split, device=device)
 
 
+@verb(app, "evaluate")
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Or a run: its best one.")
+    ],
+    every: Annotated[bool, typer.Option("--all", help="All checkpoints of the run.")] = False,
+    split: Annotated[str, typer.Option(help="Held-out split: test or val.")] = "test",
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens to measure on, for a checkpoint of another program.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Of lm-evaluation-harness: names or YAML files, a,b,c.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each such task.")] = None,
+    device: Device = "auto",
+) -> Any:
+    """Perplexity, accuracy, texts, speed and benchmark; several checkpoints are ranked."""
+    return api.evaluate(
+        *checkpoints,
+        every=every,
+        split=split,
+        tokens=tokens,
+        tasks=tuple(tasks.split(",")) if tasks else (),
+        limit=limit,
+        device=device,
+    )
+
+
 @verb(app, "generate")
 def generate(
     checkpoint: Checkpoint,

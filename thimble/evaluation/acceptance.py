@@ -19,19 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from thimble import artifacts
 from thimble.config.load import CONFIG_FILE, load_run
 from thimble.config.schema import Config
-from thimble.console import progress
 from thimble.errors import ConfigError, DataError
 from thimble.evaluation import baselines
-from thimble.evaluation.degeneration import degeneration
-from thimble.evaluation.perplexity import evaluate_split
-from thimble.generation.model import Model, load
+from thimble.evaluation.perplexity import evaluate_model, held_out
+from thimble.evaluation.samples import Sample, held_out_samples
+from thimble.generation.model import load
 from thimble.models.interop import WEIGHTS
-from thimble.tokens.shards import TokenSplit, check_tokenizer
+from thimble.tokens.shards import check_tokenizer
 from thimble.training import checkpoint
 from thimble.training.run import METRICS, RunFolder, read_records
 
@@ -43,10 +40,7 @@ SPLITS = {"val": "validation", "test": "test"}
 PERPLEXITY, TEXT = "{} perplexity", "generated text"  # names of conditions
 REQUIRED = ("config.json", WEIGHTS, "generation_config.json", "trainer_state.json", "optimizer.pt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-BATCH_TOKENS = 8192
 SAMPLES = 8
-PROMPT_TOKENS = 16
-SAMPLE_TOKENS = 96
 DEGENERATE_ALLOWED = 2  # of the samples; a good model, too, may end a text at once or draw a table
 FATAL = ("nan", "explosion")  # guard stops that say the training itself went wrong
 
@@ -66,13 +60,6 @@ class Rung:
     name: str
     bits_per_byte: float
     passed_by_model: bool
-
-
-@dataclass(frozen=True)
-class Sample:
-    prompt: str
-    text: str  # without the prompt
-    problem: str | None
 
 
 @dataclass(frozen=True)
@@ -97,23 +84,13 @@ class Acceptance:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as JSON holds them: paths are texts, and NaN and Inf are null."""
-        return _plain({"accepted": self.accepted, **dataclasses.asdict(self)})
+        return artifacts.plain({"accepted": self.accepted, **dataclasses.asdict(self)})
 
     def render(self, console: Console) -> None:
         """Print the conditions as a table, the ladder as bars, and what it says."""
         from thimble.evaluation.ladder import render
 
         render(self, console)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acceptance:
@@ -150,20 +127,21 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
         perplexity = Condition(PERPLEXITY.format(SPLITS[split]), limit, why, None)
         text = Condition(TEXT, "loads and generates", why, None)
     else:
-        data = TokenSplit(config.data.path, split)
-        if data.manifest["fingerprint"] != manifest["inputs"].get("tokens"):
-            raise DataError(
-                f"{config.data.path} is not what {directory} was trained on: it was built again "
-                "since, and what is held out now may have been trained on. Train again, or put "
-                "the former tokens back."
-            )
+        data = held_out(directory, manifest, config, split)
         model = load(directory, device)
         check_tokenizer(data.manifest, model.tokenizer, directory)
-        evaluation = _evaluate(model, data, config)
+        evaluation = evaluate_model(model.nll, model, data, config.training.sequence_length)
         value = evaluation["perplexity"]
         ok = value < config.acceptance.perplexity
         perplexity = Condition(PERPLEXITY.format(SPLITS[split]), limit, f"{value:.2f}", ok)
-        samples = _samples(model, data, config)
+        samples, _ = held_out_samples(
+            model,
+            data,
+            SAMPLES,
+            temperature=config.evaluation.temperature,
+            top_k=config.evaluation.top_k,
+            seed=config.seed,
+        )
         text = _text_condition(samples)
         measured = baselines.measure(config.data.path, split)
         notes = measured["notes"]
@@ -271,50 +249,6 @@ def _not_finite(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         # Under float16 an infinite norm only lowers the gradient scale; elsewhere a guard stops it.
         if key != "grad_norm" or math.isnan(value):
             yield key, value
-
-
-def _evaluate(model: Model, data: TokenSplit, config: Config) -> dict[str, Any]:
-    length = config.training.sequence_length
-    with progress(f"{SPLITS[data.split]} perplexity", len(data), "tokens") as advance:
-        return evaluate_split(
-            model.nll,
-            data,
-            length,
-            max(BATCH_TOKENS // length, 1),
-            device=model.device,
-            advance=advance,
-        )
-
-
-def _samples(model: Model, data: TokenSplit, config: Config) -> list[Sample]:
-    """Seeded continuations of the beginnings of held-out documents."""
-    table = data.documents
-    starts, lengths = table.column("start").to_numpy(), table.column("tokens").to_numpy()
-    # Of documents that go on for a while after the prompt, where there are such.
-    long = np.flatnonzero(lengths >= 4 * PROMPT_TOKENS)
-    chosen = np.random.default_rng(config.seed).permutation(
-        long if len(long) else np.arange(len(lengths))
-    )[:SAMPLES]
-    context = model.config.max_position_embeddings
-    size = min(PROMPT_TOKENS, max(context // 2, 1))
-    samples = []
-    with progress("samples", SAMPLES, "texts") as advance:
-        for i in range(SAMPLES):
-            document = int(chosen[i % len(chosen)])
-            begin, end = int(starts[document]), int(starts[document] + lengths[document] - 1)
-            ids = data.tokens[begin : min(begin + size, end)].tolist()
-            prompt = model.tokenizer.decode(ids).rstrip("\ufffd")  # a character cut in half
-            text = model.generate(
-                prompt,
-                max_tokens=min(SAMPLE_TOKENS, context - size),
-                temperature=config.evaluation.temperature,
-                top_k=config.evaluation.top_k,
-                seed=config.seed + i,
-            )
-            problem = degeneration(text, model.tokenizer.encode(text))
-            samples.append(Sample(prompt, text, problem))
-            advance(1)
-    return samples
 
 
 def _text_condition(samples: list[Sample]) -> Condition:

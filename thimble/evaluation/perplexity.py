@@ -13,23 +13,48 @@ Perplexity is per token and depends on the tokenizer; bits per byte compares any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from thimble.console import progress
 from thimble.errors import DataError
 
 if TYPE_CHECKING:
+    from thimble.config.schema import Config
+    from thimble.generation.model import Model
     from thimble.tokens.shards import TokenSplit
 
 IGNORED = -100
 # Losses wait on the device and come to the host once in so many tokens (64 MiB of float32), so
 # that an ordinary validation split costs a single synchronisation.
 HELD_TOKENS = 1 << 24
+BATCH_TOKENS = 8192
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def held_out(
+    directory: Path, manifest: Mapping[str, Any], config: Config, split: str
+) -> TokenSplit:
+    """A split of the very tokens that the checkpoint at ``directory`` was trained on.
+
+    Raises DataError when the tokens are missing, or were built again since: what is held out now
+    may have been trained on.
+    """
+    from thimble.tokens.shards import TokenSplit
+
+    data = TokenSplit(config.data.path, split)
+    if data.manifest["fingerprint"] != manifest["inputs"].get("tokens"):
+        raise DataError(
+            f"{config.data.path} is not what {directory} was trained on: it was built again "
+            "since, and what is held out now may have been trained on. Train again, or put "
+            "the former tokens back."
+        )
+    return data
 
 
 def evaluate_split(
@@ -46,7 +71,9 @@ def evaluate_split(
 
     ``nll(inputs, targets)`` gets int64 ``[B, T]`` on ``device``, a target of -100 meaning ignored,
     and gives the negative log-likelihood in nats of each target, float32 ``[B, T]``. Choosing
-    evaluation mode and precision is its business; gradients are off here.
+    evaluation mode and precision is its business; gradients are off here. It may give
+    ``[B, T, 3]`` instead, beside the loss whether the target is in the top 1 and the top 5: then
+    ``top1_accuracy`` and ``top5_accuracy``, shares of the tokens, are in the result.
 
     ``max_tokens`` limits the work to a fixed choice of whole documents, in which categories and
     lengths keep their shares, with at most so many tokens together (never fewer than one document),
@@ -60,7 +87,7 @@ def evaluate_split(
     stream, lengths, sizes, categories = choose_documents(split, max_tokens)
     names, codes = np.unique(categories, return_inverse=True)
     code_of_token = np.repeat(codes.astype(np.int32), lengths)
-    nats = np.zeros(len(names), dtype=np.float64)
+    sums = np.zeros((0, len(names)))  # a row for each thing measured
 
     rows = min(batch_size, -(-len(stream) // sequence_length))
     step = rows * sequence_length
@@ -68,11 +95,12 @@ def evaluate_split(
     flushed = 0
 
     def flush() -> None:
-        nonlocal flushed
-        losses = torch.cat(held).cpu().numpy().astype(np.float64)
-        part = code_of_token[flushed : flushed + len(losses)]
-        nats[:] += np.bincount(part, weights=losses, minlength=len(names))
-        flushed += len(losses)
+        nonlocal flushed, sums
+        columns = torch.cat(held).cpu().numpy().astype(np.float64).T
+        part = code_of_token[flushed : flushed + columns.shape[1]]
+        added = [np.bincount(part, weights=values, minlength=len(names)) for values in columns]
+        sums = sums + added if len(sums) else np.array(added)
+        flushed += columns.shape[1]
         held.clear()
 
     with torch.no_grad():
@@ -89,7 +117,7 @@ def evaluate_split(
                 torch.from_numpy(inputs).view(rows, sequence_length).to(device),
                 torch.from_numpy(targets).view(rows, sequence_length).to(device),
             )
-            held.append(losses.reshape(-1)[:count].float())
+            held.append(losses.reshape(step, -1)[:count].float())
             if advance:
                 advance(count)
             if sum(map(len, held)) >= HELD_TOKENS:
@@ -97,21 +125,22 @@ def evaluate_split(
         if held:
             flush()
 
-    def sums(values: np.ndarray) -> np.ndarray:
-        return np.bincount(codes, weights=values, minlength=len(names))
-
-    tokens, sizes_by, documents = sums(lengths), sums(sizes), np.bincount(codes)
+    tokens = np.bincount(codes, weights=lengths)
+    size = np.bincount(codes, weights=sizes)
+    documents = np.bincount(codes)
     return {
-        **_figures(nats.sum(), lengths.sum(), sizes.sum(), len(lengths)),
+        **_figures(sums.sum(1), tokens.sum(), size.sum(), documents.sum()),
         "by_category": {
-            str(name): _figures(nats[i], tokens[i], sizes_by[i], documents[i])
+            str(name): _figures(sums[:, i], tokens[i], size[i], documents[i])
             for i, name in enumerate(names)
         },
     }
 
 
-def _figures(nats: float, tokens: float, size: float, documents: int) -> dict[str, Any]:
+def _figures(sums: np.ndarray, tokens: float, size: float, documents: int) -> dict[str, Any]:
+    nats, *hits = sums
     loss = float(nats) / int(tokens)
+    accuracy = zip(("top1_accuracy", "top5_accuracy"), hits, strict=False)
     return {
         "loss": loss,
         # Beyond a loss of 700 the exponential leaves the range of a float.
@@ -120,7 +149,23 @@ def _figures(nats: float, tokens: float, size: float, documents: int) -> dict[st
         "tokens": int(tokens),
         "bytes": int(size),
         "documents": int(documents),
+        **{name: float(value) / int(tokens) for name, value in accuracy},
     }
+
+
+def evaluate_model(
+    measure: TokenLoss, model: Model, data: TokenSplit, sequence_length: int
+) -> dict[str, Any]:
+    """``evaluate_split`` of a loaded model over a whole split; ``measure``: its nll or scores."""
+    with progress(f"{data.split} perplexity", len(data), "tokens") as advance:
+        return evaluate_split(
+            measure,
+            data,
+            sequence_length,
+            max(BATCH_TOKENS // sequence_length, 1),
+            device=model.device,
+            advance=advance,
+        )
 
 
 def choose_documents(

@@ -11,7 +11,7 @@ import torch
 from thimble.errors import ConfigError, DataError
 from thimble.generation.sampling import check_options, generate_ids
 from thimble.models import interop
-from thimble.objectives.linear_cross_entropy import token_losses
+from thimble.objectives.linear_cross_entropy import token_losses, token_scores
 from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import checkpoint, devices
 
@@ -54,6 +54,12 @@ class Model:
         """Loss of each target in nats: inputs [B, T], targets [B, T] (-100 ignored) -> [B, T]."""
         hidden = self.network.hidden(inputs.to(self.device))
         return token_losses(hidden, self.network.head.weight, targets.to(self.device))
+
+    @torch.inference_mode()
+    def scores(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """``nll`` and, beside it, whether the target is in the top 1 and the top 5: [B, T, 3]."""
+        hidden = self.network.hidden(inputs.to(self.device))
+        return token_scores(hidden, self.network.head.weight, targets.to(self.device))
 
     def generate(
         self,

@@ -8,7 +8,10 @@ stay.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
@@ -73,19 +76,37 @@ def linear_cross_entropy(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> 
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight_vd, targets.flatten())
 
 
-@torch.no_grad()
-def token_losses(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each position in nats: float32, shaped like ``targets``, 0 where ignored."""
+def _chunks(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """float32 logits [rows, V] and their targets [rows], a chunk of positions at a time."""
     flat, index = hidden.flatten(0, -2), targets.flatten()
     rows = chunk_rows(hidden.device, weight_vd.shape[0])
     weight = weight_vd.to(hidden.dtype)
-    losses = [
-        torch.nn.functional.cross_entropy(
-            (flat[start : start + rows] @ weight.t()).float(),
-            index[start : start + rows],
-            ignore_index=IGNORE,
-            reduction="none",
-        )
-        for start in range(0, flat.shape[0], rows)
-    ]
+    for start in range(0, flat.shape[0], rows):
+        yield (flat[start : start + rows] @ weight.t()).float(), index[start : start + rows]
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each position in nats: float32, shaped like ``targets``, 0 where ignored."""
+    losses = [_losses(*chunk) for chunk in _chunks(hidden, weight_vd, targets)]
     return torch.cat(losses).view(targets.shape)
+
+
+@torch.no_grad()
+def token_scores(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Tensor:
+    """Of each position its cross-entropy in nats, and whether the target is the likeliest token and
+    among the five likeliest: float32 ``[..., 3]``, 0 where ignored.
+
+    A target as likely as other tokens counts as behind them, so that a model that tells nothing
+    apart is never right.
+    """
+    scores = []
+    for logits, index in _chunks(hidden, weight_vd, targets):
+        target = logits.gather(1, index.clamp(min=0)[:, None])
+        ahead = (logits >= target).sum(-1) - 1 + logits.shape[-1] * (index == IGNORE)
+        scores.append(torch.stack([_losses(logits, index), ahead < 1, ahead < 5], dim=-1))
+    return torch.cat(scores).view(*targets.shape, 3)

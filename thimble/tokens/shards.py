@@ -136,3 +136,15 @@ def check_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer, where: objec
             f"tokens were made with ({manifest['vocab_size']:,} entries), so their ids mean other "
             f"text. Tokenize the corpus again with:\n  {MAKE} --tokenizer {where}"
         )
+
+
+def corpus_of(directory: str | Path, manifest: dict[str, Any]) -> Path | None:
+    """The corpus that tokens were made from, where it still is: ``data/corpus`` or beside them."""
+    made_from = manifest["inputs"].get("corpus") or {}
+    name = made_from.get("name")
+    for home in (Path("data/corpus"), Path(directory).resolve().parents[1] / "corpus"):
+        if name and (home / name / artifacts.MANIFEST).is_file():
+            found = artifacts.read_json(home / name / artifacts.MANIFEST)
+            if found.get("fingerprint") == made_from.get("fingerprint"):
+                return home / name
+    return None

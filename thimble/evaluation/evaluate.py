@@ -1,0 +1,283 @@
+"""Everything measured of a checkpoint, and the choice among several.
+
+held-out text -> loss, perplexity, bits per byte, accuracy, by category
+generated text -> length, repetition, coherence, beside the real continuations
+speed, the operating-system benchmark, tasks of lm-evaluation-harness -> one weighted score
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thimble import artifacts
+from thimble.config.load import CONFIG_FILE, load_run
+from thimble.config.schema import Config
+from thimble.console import log
+from thimble.errors import ConfigError, DataError
+from thimble.evaluation import domain, speed
+from thimble.evaluation.perplexity import evaluate_model, held_out
+from thimble.evaluation.samples import held_out_samples, known_words, text_figures
+from thimble.generation.model import Model, load
+from thimble.tokens.shards import TokenSplit, check_tokenizer
+from thimble.training import checkpoint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REPORT, SELECTION = "evaluation_report.json", "best_checkpoint_selection.json"
+SPLITS = ("val", "test")
+TEXTS = 16
+SHOWN = 4
+MMLU = "mmlu"
+# The specification's weights, and the value at which a part is full.
+WEIGHTS = {"perplexity": 0.4, "os": 0.3, "mmlu": 0.2, "speed": 0.1}
+FULL_PERPLEXITY, FULL_SPEED = 10.0, 50.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``figures`` is ``evaluate_split``'s; what was not measured is None, and ``notes`` say why."""
+
+    checkpoint: Path
+    recipe: str | None
+    step: int | None
+    parameters: int
+    split: str
+    tokens: Path
+    figures: dict[str, Any]
+    generated: dict[str, Any]
+    real: dict[str, Any]
+    speed: dict[str, Any]
+    benchmark: dict[str, Any] | None
+    tasks: dict[str, Any] | None
+    score: dict[str, float]
+    samples: list[dict[str, Any]]
+    notes: list[str]
+    created: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return artifacts.plain(dataclasses.asdict(self))
+
+    def render(self, console: Console) -> None:
+        from thimble.evaluation.tables import render_evaluation
+
+        render_evaluation(self, console)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Several checkpoints by their weighted score, the best first."""
+
+    best: Path
+    ranking: list[dict[str, Any]]
+    evaluations: list[Evaluation]
+    notes: list[str]
+    path: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return artifacts.plain(dataclasses.asdict(self))
+
+    def render(self, console: Console) -> None:
+        from thimble.evaluation.tables import render_selection
+
+        render_selection(self, console)
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    split: str = "test",
+    tokens: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Measure a checkpoint, or a run's best one, and write ``evaluation_report.json`` into it.
+
+    A checkpoint of ours knows its tokens; for another one (a llama or mistral of transformers)
+    ``tokens`` names the directory, which must be of its tokenizer. ``tasks`` are names of
+    lm-evaluation-harness, or YAML files of tasks; ``limit`` bounds the items of each.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"Only held-out text says something: split {' or '.join(SPLITS)}.")
+    if tasks:
+        from thimble.evaluation import harness
+
+        harness.check()
+    directory = checkpoint.resolve(path)
+    model, data, config, notes = open_checkpoint(directory, split, tokens, device)
+    length = config.training.sequence_length if config else model.config.max_position_embeddings
+    figures = evaluate_model(model.scores, model, data, length)
+    generated, real, samples = _texts(model, data, config)
+    benchmark = _benchmark(model, data, notes)
+    measured = harness.run(directory, tasks, limit, model.device) if tasks else None
+    pace = speed.measure(model)
+    if not tasks or MMLU not in (measured or {}):
+        notes.append("MMLU was not measured and counts 0 in the score: --tasks mmlu")
+    result = Evaluation(
+        checkpoint=directory,
+        recipe=config.recipe if config else None,
+        step=_step(directory),
+        parameters=model.network.num_parameters(),
+        split=split,
+        tokens=data.directory,
+        figures=figures,
+        generated=generated,
+        real=real,
+        speed=pace,
+        benchmark=benchmark,
+        tasks=measured,
+        score=weighted_score(
+            figures["perplexity"],
+            benchmark["accuracy"] if benchmark else None,
+            measured[MMLU]["accuracy"] if measured and MMLU in measured else None,
+            pace["tokens_per_second"],
+        ),
+        samples=samples,
+        notes=notes,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+    artifacts.write_json(directory / REPORT, result.to_dict())
+    return result
+
+
+def select(paths: Sequence[str | Path], **options: Any) -> Selection:
+    """Evaluate several checkpoints and rank them by their weighted score.
+
+    ``best_checkpoint_selection.json`` goes into their run, or the folder their runs share. Raises
+    ConfigError when their perplexities are of different tokens, which cannot be ranked.
+    """
+    directories = list(dict.fromkeys(checkpoint.resolve(path).resolve() for path in paths))
+    evaluations: list[Evaluation] = []
+    for number, directory in enumerate(directories, 1):
+        log.info("checkpoint %d of %d: %s", number, len(directories), directory)
+        evaluations.append(evaluate(directory, **options))
+        first, last = evaluations[0], evaluations[-1]
+        if first.tokens.resolve() != last.tokens.resolve():
+            raise ConfigError(
+                f"{first.checkpoint} was measured on {first.tokens} and {last.checkpoint} on "
+                f"{last.tokens}: perplexities of different tokens cannot be ranked. Evaluate them "
+                "one by one and compare their bits per byte."
+            )
+    evaluations.sort(key=lambda e: (-e.score["total"], e.figures["bits_per_byte"]))
+    homes = [path.parent.parent if path.parent.name == "checkpoints" else path.parent
+             for path in directories]  # fmt: skip
+    home = Path(os.path.commonpath(homes))
+    result = Selection(
+        best=evaluations[0].checkpoint,
+        ranking=[
+            {
+                "checkpoint": e.checkpoint,
+                "step": e.step,
+                "score": e.score["total"],
+                "perplexity": e.figures["perplexity"],
+                "bits_per_byte": e.figures["bits_per_byte"],
+                "benchmark": e.benchmark["accuracy"] if e.benchmark else None,
+                "tokens_per_second": e.speed["tokens_per_second"],
+            }
+            for e in evaluations
+        ],
+        evaluations=evaluations,
+        notes=list(dict.fromkeys(note for e in evaluations for note in e.notes)),
+        path=home / SELECTION,
+    )
+    artifacts.write_json(result.path, result.to_dict())
+    return result
+
+
+def all_checkpoints(run: str | Path) -> list[Path]:
+    """Every checkpoint of a run, oldest first; DataError when it has none."""
+    found = [path for _, path in checkpoint.steps(Path(run) / "checkpoints")]
+    if not found:
+        raise DataError(f"{run} has no checkpoints; give a run's folder.")
+    return found
+
+
+def open_checkpoint(
+    directory: Path, split: str, tokens: str | Path | None, device: str
+) -> tuple[Model, TokenSplit, Config | None, list[str]]:
+    """A checkpoint's model, held-out tokens and, where it is of a run of ours, configuration.
+
+    Notes say what cannot be known of tokens that were named by hand.
+    """
+    config = load_run(directory) if (directory / CONFIG_FILE).is_file() else None
+    notes: list[str] = []
+    if config and tokens is None:
+        manifest = artifacts.read_json(directory / artifacts.MANIFEST)
+        data = held_out(directory, manifest, config, split)
+    elif tokens is not None:
+        data = TokenSplit(tokens, split)
+        notes.append(f"Whether {directory} was trained on text of {tokens} is not known here.")
+    else:
+        raise ConfigError(
+            f"{directory} does not say which tokens it was trained on. Name held-out ones of its "
+            f"tokenizer:\n  thimble tokens build CORPUS --tokenizer {directory}\n"
+            f"  thimble evaluate {directory} --tokens data/tokens/..."
+        )
+    model = load(directory, device)
+    check_tokenizer(data.manifest, model.tokenizer, directory)
+    return model, data, config, notes
+
+
+def _step(directory: Path) -> int | None:
+    manifest = directory / artifacts.MANIFEST
+    return artifacts.read_json(manifest)["options"].get("step") if manifest.is_file() else None
+
+
+def _texts(
+    model: Model, data: TokenSplit, config: Config | None
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    samples, real = held_out_samples(
+        model,
+        data,
+        TEXTS,
+        temperature=config.evaluation.temperature if config else 0.8,
+        top_k=config.evaluation.top_k if config else 50,
+        seed=config.seed if config else 1,
+    )
+    known = known_words(model, TokenSplit(data.directory, "train"))
+    prompts = [sample.prompt for sample in samples]
+    generated = text_figures(model, prompts, [sample.text for sample in samples], known)
+    shown = [dataclasses.asdict(sample) for sample in samples[:SHOWN]]
+    return generated, text_figures(model, prompts, real, known), shown
+
+
+def _benchmark(model: Model, data: TokenSplit, notes: list[str]) -> dict[str, Any] | None:
+    try:
+        made = domain.benchmark(data.directory)
+    except DataError as error:
+        notes.append(f"No operating-system benchmark: {error}")
+        return None
+    few = [f"{skill} {row['items']}" for skill, row in made["skills"].items()
+           if row["items"] < domain.ITEMS]  # fmt: skip
+    if few:
+        notes.append(
+            f"The corpus holds out fewer than {domain.ITEMS} facts for: {', '.join(few)}. A larger "
+            "one (scale=full) has more."
+        )
+    return domain.score(model, made)
+
+
+def weighted_score(
+    perplexity: float, benchmark: float | None, mmlu: float | None, tokens_per_second: float
+) -> dict[str, float]:
+    """0.4 x 10/perplexity + 0.3 x benchmark + 0.2 x MMLU + 0.1 x speed/50, its parts and ``total``.
+
+    The formula is the specification's. No part counts more than its weight: a perplexity below 10,
+    or more than 50 tokens per second, which any small model makes, would else outweigh the rest.
+    What was not measured counts 0.
+    """
+    parts = {
+        "perplexity": min(FULL_PERPLEXITY / perplexity, 1.0),
+        "os": benchmark or 0.0,
+        "mmlu": mmlu or 0.0,
+        "speed": min(tokens_per_second / FULL_SPEED, 1.0),
+    }
+    weighted = {name: WEIGHTS[name] * value for name, value in parts.items()}
+    return {**weighted, "total": sum(weighted.values())}

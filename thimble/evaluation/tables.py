@@ -1,0 +1,153 @@
+"""An evaluation on a terminal: figures by category, texts, benchmark, score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from thimble.evaluation.evaluate import Evaluation, Selection
+
+Row = list[str]
+
+
+def figures_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Held-out text, all of it and by category: headings and rows."""
+    figures = evaluation["figures"]
+    head = ["held-out text", "documents", "tokens", "bits/byte", "perplexity", "top 1", "top 5"]
+    parts = {"all": figures, **figures["by_category"]}
+    return head, [
+        [
+            name,
+            f"{part['documents']:,}",
+            f"{part['tokens']:,}",
+            _number(part["bits_per_byte"], ".3f"),
+            _number(part["perplexity"], ",.2f"),
+            f"{part['top1_accuracy']:.1%}",
+            f"{part['top5_accuracy']:.1%}",
+        ]
+        for name, part in parts.items()
+    ]
+
+
+def text_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Generated continuations beside the real ones."""
+    names = {
+        "tokens": "mean length, tokens",
+        "degenerate": "degenerate",
+        "distinct_pairs": "distinct pairs of tokens",
+        "repeated_fours": "repeated runs of four",
+        "known_words": "words of the training text",
+        "on_topic": "takes up a word of the prompt",
+    }
+    rows = []
+    for key, name in names.items():
+        kind = ",.1f" if key == "tokens" else ".0%"
+        pair = (evaluation["generated"][key], evaluation["real"][key])
+        rows.append([name, *(_number(value, kind) for value in pair)])
+    texts = evaluation["generated"]["texts"]
+    return [f"{texts} continuations", "generated", "real"], rows
+
+
+def benchmark_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """The skills of the benchmark beside what needs no model; tasks of the harness below."""
+    rows = []
+    benchmark = evaluation["benchmark"]
+    if benchmark:
+        for name, part in {**benchmark["skills"], "all": benchmark}.items():
+            rows.append(
+                [
+                    name,
+                    f"{part['items']}",
+                    _share(part),
+                    _number(part["chance"], ".0%"),
+                    _number(part["overlap"], ".0%"),
+                ]
+            )
+    for name, part in (evaluation["tasks"] or {}).items():
+        items = f"{part['items']}" if part["items"] else ""
+        rows.append([f"{name} ({part['metric']})", items, _share(part), "", ""])
+    return ["benchmark", "items", "accuracy", "chance", "word overlap"], rows
+
+
+def speed_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    pace = evaluation["speed"]
+    return ["speed", pace["device"]], [
+        ["generating", f"{pace['tokens_per_second']:,.0f} tokens/s"],
+        ["first token", f"{pace['first_token_ms']:,.1f} ms, {pace['prompt_tokens']} read before"],
+        ["each later token", f"{pace['token_ms']:,.1f} ms"],
+        ["reading a full context", f"{pace['prompt_tokens_per_second']:,.0f} tokens/s"],
+    ]
+
+
+def score_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    score = evaluation["score"]
+    names = {
+        "perplexity": "0.4 x 10 / perplexity",
+        "os": "0.3 x benchmark",
+        "mmlu": "0.2 x MMLU",
+        "speed": "0.1 x speed / 50",
+        "total": "score",
+    }
+    return ["weighted score", ""], [[names[key], f"{value:.4f}"] for key, value in score.items()]
+
+
+def tables(evaluation: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
+    """All tables of an evaluation, those that have rows; ``evaluation`` is its ``to_dict()``."""
+    made = (figures_rows, text_rows, benchmark_rows, speed_rows, score_rows)
+    return [table for table in (make(evaluation) for make in made) if table[1]]
+
+
+def render_evaluation(result: Evaluation, console: Console) -> None:
+    facts = f"{result.parameters:,} parameters, {result.split} split of {result.tokens}"
+    console.print(Text(f"{result.checkpoint}: {facts}"))
+    for head, rows in tables(result.to_dict()):
+        console.print(_table(head, rows))
+    for note in result.notes:
+        console.print(Text(note, "dim"))
+
+
+def render_selection(result: Selection, console: Console) -> None:
+    head = ["checkpoint", "score", "bits/byte", "perplexity", "benchmark", "tokens/s"]
+    rows = [
+        [
+            str(row["checkpoint"]),
+            f"{row['score']:.4f}",
+            _number(row["bits_per_byte"], ".3f"),
+            _number(row["perplexity"], ",.2f"),
+            _number(row["benchmark"], ".1%"),
+            f"{row['tokens_per_second']:,.0f}",
+        ]
+        for row in result.ranking
+    ]
+    console.print(_table(head, rows))
+    console.print(Text(f"best: {result.best}", "bold"))
+    for note in result.notes:
+        console.print(Text(note, "dim"))
+
+
+def _table(head: Row, rows: Iterable[Row]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for number, heading in enumerate(head):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _share(part: Mapping[str, Any]) -> str:
+    """An accuracy with its standard error, which of 100 items is several per cent."""
+    if part.get("accuracy") is None:
+        return "not measured"
+    error = part.get("standard_error")
+    return f"{part['accuracy']:.1%}" + (f" ± {error:.1%}" if error is not None else "")
+
+
+def _number(value: float | None, kind: str) -> str:
+    return "none" if value is None else format(value, kind)
