@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from thimble.errors import EnvironmentProblem
@@ -68,14 +70,37 @@ def _cpu_bfloat16() -> bool:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak bytes in use: allocated on a GPU, else the process's resident set (peak)."""
+    """Peak bytes in use since ``reset_peak_memory``: allocated on a GPU, else the process's
+    resident set (where only Linux can reset the peak)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
     import sys
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="ignore") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget what was used before, so that ``memory_bytes`` is about what comes now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes a run may fill: all of a GPU's memory, or what is free of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 def describe(device: torch.device) -> str:

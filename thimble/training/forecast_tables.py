@@ -1,0 +1,106 @@
+"""A forecast on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from thimble.config.describe import as_override
+from thimble.console import log
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from thimble.training.forecast import Forecast
+
+
+def render(result: Forecast, console: Console) -> None:
+    plan, here = result.plan, result.here
+    console.print(
+        _table(
+            [plan.recipe, ""],
+            [
+                ["parameters", f"{plan.parameters:,}"],
+                ["steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens"],
+                ["tokens", f"{plan.tokens:,}; the corpus has {plan.tokens_available:,}"],
+                ["epochs", f"{plan.epochs:.2f}"],
+                ["tokens per parameter", f"{plan.tokens_per_parameter:.1f}"],
+                ["FLOPs", f"{plan.flops:.3g}; {plan.flops_per_token:.3g} per token"],
+            ],
+        )
+    )
+    parts = result.memory.to_dict()
+    rows = [[name, _bytes(size)] for name, size in parts.items() if size or name == "total"]
+    if "peak_measured" in here:
+        measured = here["peak_measured"]
+        rows.append(["measured", f"{_bytes(measured)} ({parts['total'] / measured - 1:+.1%})"])
+    console.print(_table(["peak memory", here["precision"]], rows))
+    places = [
+        [
+            here["device"],
+            _bytes(here["memory_available"]),
+            _fit(here),
+            _time(here["hours"]) if "hours" in here else "not measured",
+            f"measured: {here['tokens_per_second']:,.0f} tokens/s" if "hours" in here else "",
+        ]
+    ]
+    places += [
+        [
+            gpu["gpu"],
+            f"{gpu['memory_gib']} GiB",
+            _fit(gpu),
+            _range(*map(_time, gpu["hours"])) if gpu["fits"] else "",
+            _range(*map(_dollars, gpu["dollars"])) if gpu["fits"] else "",
+        ]
+        for gpu in result.gpus
+    ]
+    console.print(_table(["machine", "memory", "micro-batch x passes", "time", "cost"], places))
+    console.print(
+        Text(
+            "The times of GPUs are a range over the published utilizations of small models, not "
+            f"measured; prices of {result.prices_of}.",
+            "dim",
+        )
+    )
+    if result.proposal:
+        words = " ".join(f"{key}={as_override(value)}" for key, value in result.proposal.items())
+        console.print(Text(f"What fits here: {words}", "bold"))
+    for warning in result.warnings:
+        log.warning("%s", warning)
+
+
+def _fit(place: dict[str, Any]) -> str:
+    if not place["fits"]:
+        return "does not fit"
+    words = f"{place['micro_batch_size']} x {place['gradient_accumulation_steps']}"
+    return words + (", activations again" if place["checkpoint_activations"] else "")
+
+
+def _time(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def _dollars(value: float) -> str:
+    return f"${value:,.2f}" if value >= 0.01 else "under $0.01"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in head:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

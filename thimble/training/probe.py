@@ -1,0 +1,98 @@
+"""A few real steps of a run, in a process of their own: how long they take and what memory.
+
+    thimble plan -> probe(config) -> python -m thimble.training.probe < configuration -> JSON
+
+In a process of its own a step that does not fit kills nobody else, and the memory of what ran
+before is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from thimble.config.schema import Config
+from thimble.console import progress
+from thimble.training import devices
+
+STEPS = 3  # timed, after one that warms up
+LONGEST = 20.0  # seconds that a probed step may take on a CPU, or it is not run
+CPU_FLOPS = 1e11  # assumed before anything was measured, to know which steps are short enough
+
+
+def probe(config: Config, micro_batches: list[int], flops_per_token: float) -> list[dict[str, Any]]:
+    """Real steps at each of these micro-batch sizes, ascending, of one pass each.
+
+    Returns for each that could be run ``micro_batch_size``, ``seconds`` a pass and its update take,
+    and ``peak_bytes``; ends with the first that fails or takes too long, which then has a
+    ``problem`` instead.
+    """
+    found: list[dict[str, Any]] = []
+    device = devices.resolve_device(config.device)
+    with progress("plan: real steps", len(micro_batches), "micro-batches") as advance:
+        for micro in micro_batches:
+            tokens = micro * config.training.sequence_length
+            expected = tokens * flops_per_token / CPU_FLOPS
+            if found:
+                expected = found[-1]["seconds"] * micro / found[-1]["micro_batch_size"]
+            if device.type == "cpu" and expected > LONGEST:
+                problem = f"a pass of {micro} windows would take about {expected:,.0f} s"
+                return [*found, {"micro_batch_size": micro, "problem": problem}]
+            training = config.training.model_copy(
+                update={"micro_batch_size": micro, "gradient_accumulation_steps": 1}
+            )
+            one = config.model_copy(update={"training": training})
+            found.append({"micro_batch_size": micro, **_run(one)})
+            advance(1)
+            if "problem" in found[-1]:
+                break
+    return found
+
+
+def _run(config: Config) -> dict[str, Any]:
+    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "thimble.training.probe"],
+        input=config.model_dump_json(),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **alone},
+    )
+    if answer.returncode == 0:
+        return json.loads(answer.stdout.splitlines()[-1])
+    if answer.returncode == -9 or "out of memory" in answer.stderr.lower():
+        return {"problem": "out of memory"}
+    return {"problem": (answer.stderr.strip().splitlines() or ["it failed"])[-1]}
+
+
+def main() -> None:
+    """Read a configuration from standard input, take steps, print what they took."""
+    from thimble.tokens.shards import TokenSplit
+    from thimble.training.distributed import Processes
+    from thimble.training.loop import Trainer
+
+    config = Config.model_validate_json(sys.stdin.read())
+    device = devices.resolve_device(config.device)
+    trainer = Trainer(config, TokenSplit(config.data.path, "train"), device, Processes())
+    devices.reset_peak_memory(device)
+    seconds = []
+    for _ in range(1 + STEPS):
+        started = time.perf_counter()
+        trainer.step()
+        trainer.norm.item()  # waits for the device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    memory = devices.memory_bytes(device)
+    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak_bytes": memory}))
+
+
+if __name__ == "__main__":
+    main()
