@@ -135,8 +135,8 @@ def test_text_figures_tell_loops_from_text(run: Path) -> None:
     model = api.load(run, "cpu")
     loop, text = "disk disk disk disk " * 10, "the kernel loads a module for every device it finds"
     known = frozenset(text.split())
-    figures = text_figures(model, ["some kernel it"] * 2, [loop, text], known)
-    alone = text_figures(model, ["some kernel it"], [text], known)
+    figures = text_figures(model, ["some kernel thing"] * 2, [loop, text], known)
+    alone = text_figures(model, ["some kernel thing"], [text], known)
     assert figures["degenerate"] == 0.5
     assert figures["repeated_fours"] > alone["repeated_fours"]
     assert figures["distinct_pairs"] < alone["distinct_pairs"]

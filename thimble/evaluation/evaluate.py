@@ -50,6 +50,7 @@ class Evaluation:
     parameters: int
     split: str
     tokens: Path
+    tokens_fingerprint: str
     figures: dict[str, Any]
     generated: dict[str, Any]
     real: dict[str, Any]
@@ -127,6 +128,7 @@ def evaluate(
         parameters=model.network.num_parameters(),
         split=split,
         tokens=data.directory,
+        tokens_fingerprint=data.manifest["fingerprint"],
         figures=figures,
         generated=generated,
         real=real,
@@ -159,7 +161,7 @@ def select(paths: Sequence[str | Path], **options: Any) -> Selection:
         log.info("checkpoint %d of %d: %s", number, len(directories), directory)
         evaluations.append(evaluate(directory, **options))
         first, last = evaluations[0], evaluations[-1]
-        if first.tokens.resolve() != last.tokens.resolve():
+        if first.tokens_fingerprint != last.tokens_fingerprint:
             raise ConfigError(
                 f"{first.checkpoint} was measured on {first.tokens} and {last.checkpoint} on "
                 f"{last.tokens}: perplexities of different tokens cannot be ranked. Evaluate them "
