@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from thimble.console import unlogged
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,6 +26,10 @@ EXTRAS = {
     "trackio": ("trackio",),
     "distill": ("peft",),
     "gguf": ("gguf", "llama_cpp"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "quantize": ("neural_compressor", "compressed_tensors"),
+    "sweep": ("submitit", "joblib", "optuna"),
+    "eval": ("lm_eval",),
     "gpu": ("fla",),
     "bench": ("datasets", "accelerate"),
 }
@@ -158,7 +164,8 @@ def _extra(modules: tuple[str, ...]) -> str:
     states = []
     for module in modules:
         try:
-            loaded = importlib.import_module(module)
+            with unlogged():
+                loaded = importlib.import_module(module)
             states.append(f"{module} {getattr(loaded, '__version__', '')}".strip())
         except ModuleNotFoundError:
             states.append(f"{module} not installed")

@@ -33,7 +33,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
 
     for name in (
         *("build_corpus", "build_tokens", "plan", "train", "accept", "generate", "chat"),
-        *("report", "doctor", "quickstart"),
+        *("evaluate", "report", "doctor", "quickstart", "sweep", "quantize"),
+        *("export_gguf", "export_onnx", "export_transformers", "export_bin"),
     ):
         monkeypatch.setattr(api, name, note(name))
     return made
@@ -58,7 +59,7 @@ def lines_to_paste(text: str) -> list[str]:
         ("tokens build x", "build_tokens", ("x",), {"vocab_size": None, "tokenizer": None}),
         ("tokens build x --vocab-size 9", "build_tokens", ("x",), {"vocab_size": 9}),
         ("tokens build x --tokenizer t.model", "build_tokens", ("x",), {"tokenizer": "t.model"}),
-        ("plan slm_nano seed=2", "plan", ("slm_nano", "seed=2"), {}),
+        ("plan slm_nano seed=2", "plan", ("slm_nano", "seed=2"), {"measure": True}),
         ("train slm_nano", "train", ("slm_nano",), {"resume": None}),
         ("train slm_nano --a.b c seed=2", "train", ("slm_nano", "--a.b", "c", "seed=2"), {}),
         ("train slm_nano --a.b=c", "train", ("slm_nano", "--a.b=c"), {}),
@@ -71,8 +72,34 @@ def lines_to_paste(text: str) -> list[str]:
         ("train --resume runs/a", "train", (None,), {"resume": "runs/a"}),
         ("train --resume=runs/a seed=2", "train", (None, "seed=2"), {"resume": "runs/a"}),
         ("train --resume runs/a --a.b c", "train", (None, "--a.b", "c"), {"resume": "runs/a"}),
+        ("sweep slm_nano seed=1,2 --a.b 3", "sweep", ("slm_nano", "seed=1,2", "--a.b", "3"), {}),
+        ("sweep x seed=1,2 hydra/a=b", "sweep", ("x", "seed=1,2", "hydra/a=b"), {"resume": None}),
+        ("sweep --resume runs/sweeps/x", "sweep", (None,), {"resume": "runs/sweeps/x"}),
+        ("plan slm_nano --no-measure", "plan", ("slm_nano",), {"measure": False}),
+        ("evaluate x", "evaluate", ("x",), {"every": False, "split": "test", "tasks": ()}),
+        ("evaluate x y --split val", "evaluate", ("x", "y"), {"split": "val"}),
+        ("evaluate x --all --tokens t", "evaluate", ("x",), {"every": True, "tokens": "t"}),
+        (
+            "evaluate x --tasks mmlu,a.yaml --limit 5",
+            "evaluate",
+            ("x",),
+            {"tasks": ("mmlu", "a.yaml"), "limit": 5},
+        ),
         ("accept x", "accept", ("x",), {"split": "val"}),
         ("accept x --split test", "accept", ("x",), {"split": "test"}),
+        ("quantize x", "quantize", ("x",), {"bits": 4, "output": None, "calibration_samples": 512}),
+        (
+            "quantize x --bits 8 -o d --calibration-samples 64 --device cpu",
+            "quantize",
+            ("x",),
+            {"bits": 8, "output": "d", "calibration_samples": 64, "device": "cpu"},
+        ),
+        ("export gguf x", "export_gguf", ("x",), {"type": "F16", "output": None, "tokens": None}),
+        ("export gguf x --type Q8_0 -o f", "export_gguf", ("x",), {"type": "Q8_0", "output": "f"}),
+        ("export onnx x --tokens t", "export_onnx", ("x",), {"tokens": "t", "cache": False}),
+        ("export onnx x --cache", "export_onnx", ("x",), {"cache": True}),
+        ("export transformers x -o d", "export_transformers", ("x", "d"), {"dtype": None}),
+        ("export bin x -o d --dtype float16", "export_bin", ("x", "d"), {"dtype": "float16"}),
         ("generate x --prompt p", "generate", ("x",), {"prompt": "p", "message": None}),
         (
             "generate x --message m --temperature 0 --top-k 3 --top-p 0.5 --seed 4 --max-tokens 6",
@@ -215,7 +242,7 @@ def test_json_has_no_nan(thimble_command: Command, monkeypatch: pytest.MonkeyPat
     [
         (errors.ConfigError("no"), 2),
         (errors.NotAccepted("no"), 3),
-        (errors.GuardStop("no", Path("run")), 4),
+        (errors.GuardStop("no", Path("run"), {}), 4),
         (errors.DataError("no"), 5),
         (errors.EnvironmentProblem("no"), 6),
         (errors.Interrupted("no"), 75),

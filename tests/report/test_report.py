@@ -37,7 +37,7 @@ def test_it_shows_curves_samples_settings_and_data(run: Path) -> None:
     assert "finished at step 12" in html
     assert "optim.learning_rate" in html
     verbs = {line.split("thimble ")[1].split()[0] for line in made.missing if "thimble " in line}
-    assert verbs == {"accept"}  # only commands that there are
+    assert verbs == {"accept", "evaluate"}  # only commands that there are
 
 
 def test_it_asks_nothing_of_the_network(run: Path) -> None:
@@ -64,6 +64,18 @@ def test_text_of_a_model_is_text(run: Path, tmp_path: Path) -> None:
     html = api.report(copy).path.read_text()
     assert "&lt;script&gt;alert(1)" in html
     assert "{{ 7 * 7 }}" in html
+
+
+def test_an_evaluation_becomes_tables(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    found = api.evaluate(copy, device="cpu")
+    html = api.report(copy).path.read_text()
+    assert "<h2>Evaluation</h2>" in html
+    figures = found.to_dict()["figures"]
+    for part in (figures, figures["by_category"]["text"]):
+        assert f"<td class=\"number\">{part['bits_per_byte']:.3f}</td>" in html
+    assert "weighted score" in html
+    assert "No operating-system benchmark" in html
 
 
 def test_guards_attempts_and_verdict_are_shown(run: Path, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, ThimbleError
 from thimble.report.charts import Chart, curve_charts, ladder_chart
+from thimble.tokens.shards import corpus_of
 from thimble.training.run import RunFolder
 
 PAGE, PLOTS = "report.html", "plots"
+EVALUATION = "evaluation_report.json"
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Report:
 def report(path: str | Path) -> Report:
     """Write ``report.html`` and ``plots/*.png`` into a run, from what its folder holds.
 
-    Raises DataError when it is no run or has no record yet. Acceptance, attempts and
-    the statistics of tokens and corpus are shown where they are found; otherwise ``missing`` names
+    Raises DataError when it is no run or has no record yet. Acceptance,
+    evaluation, attempts and the statistics of tokens and corpus are shown where they are found; otherwise ``missing`` names
     the command that makes them.
     """
     run = RunFolder.containing(path)
@@ -48,6 +50,7 @@ def report(path: str | Path) -> Report:
     events = [record for record in records if "event" in record]
     missing: list[str] = []
     acceptance = _read(run.path / "acceptance.json", f"thimble accept {run.path}", missing)
+    evaluation = _evaluation(run, missing)
     attempts = _read(run.path / "attempts.json", None, missing) or []
     rungs = {rung["name"]: rung["bits_per_byte"] for rung in (acceptance or {}).get("ladder", [])}
     charts = list(curve_charts(training, evaluations, events, rungs))
@@ -68,6 +71,7 @@ def report(path: str | Path) -> Report:
         version=__version__,
         facts=facts,
         acceptance=acceptance,
+        evaluation=evaluation,
         attempts=[_attempt(attempt) for attempt in attempts],
         charts=charts,
         samples=_samples(run),
@@ -98,6 +102,17 @@ def _read(path: Path, make: str | None, missing: list[str]) -> Any:
     if make:
         missing.append(f"{path.name}: {make}")
     return None
+
+
+def _evaluation(run: RunFolder, missing: list[str]) -> dict[str, Any] | None:
+    """The best checkpoint's evaluation as tables, where there is one."""
+    best = run.pointed("best") or run.pointed("latest")
+    found = _read(best / EVALUATION, f"thimble evaluate {run.path}", missing) if best else None
+    if found is None:
+        return None
+    from thimble.evaluation.tables import tables
+
+    return {**found, "tables": [{"head": head, "rows": rows} for head, rows in tables(found)]}
 
 
 def _state(events: list[dict[str, Any]], run: RunFolder) -> str:
@@ -156,16 +171,15 @@ def _data(config: Config, missing: list[str]) -> dict[str, Any]:
         return found
     found["splits"] = tokens["counts"]
     found["vocabulary"] = tokens["vocab_size"]
-    name = (tokens["inputs"].get("corpus") or {}).get("name", "")
-    for folder in (Path("data/corpus") / name, Path(config.data.path).parents[1] / "corpus" / name):
-        if name and (folder / artifacts.MANIFEST).is_file():
-            corpus = artifacts.read_json(folder / artifacts.MANIFEST)
-            found["corpus"] = str(folder)
-            found["cleaning"] = corpus.get("cleaning", [])
-            found["mixture"] = corpus.get("by_category", {})
-            break
+    folder = corpus_of(config.data.path, tokens)
+    if folder:
+        corpus = artifacts.read_json(folder / artifacts.MANIFEST)
+        found["corpus"] = str(folder)
+        found["cleaning"] = corpus.get("cleaning", [])
+        found["mixture"] = corpus.get("by_category", {})
     else:
-        missing.append(f"corpus {name}: not in data/corpus any more")
+        name = (tokens["inputs"].get("corpus") or {}).get("name", "")
+        missing.append(f"corpus {name}: not in data/corpus any more, or made anew")
     return found
 
 
