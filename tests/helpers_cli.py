@@ -58,11 +58,12 @@ class Command:
         return Answer(status, out, err)
 
 
-def make_corpus(directory: Path, documents: int = 120) -> Path:
-    """A corpus folder of random sentences, each document its own group."""
+def make_corpus(directory: Path, documents: int = 120, texts: list[str] | None = None) -> Path:
+    """A corpus folder of random sentences, or of ``texts``, each document its own group."""
     draw = random.Random(0)
     words = ["kernel", "driver", "module", "device", "disk", "loads", "mounts", "the", "a"]
-    texts = [" ".join(draw.choices(words, k=40)) + f" {i}." for i in range(documents)]
+    texts = texts or [" ".join(draw.choices(words, k=40)) + f" {i}." for i in range(documents)]
+    documents = len(texts)
     table = pa.table(
         {
             "id": [f"d{i}" for i in range(documents)],

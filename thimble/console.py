@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +21,25 @@ quiet = False
 def setup(verbosity: int) -> None:
     """``verbosity``: -1 quiet (warnings only), 0 normal, 1 and more: details."""
     global quiet
-    quiet = verbosity < 0
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    quiet = verbosity < 0 or not first
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter())
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbosity else logging.INFO)
+    level = logging.WARNING if quiet else logging.DEBUG if verbosity else logging.INFO
+    log.setLevel(level if first else logging.ERROR)
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """Keep back what packages log while they are imported, such as what they did not find here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class Formatter(logging.Formatter):

@@ -154,15 +154,21 @@ def _figures(sums: np.ndarray, tokens: float, size: float, documents: int) -> di
 
 
 def evaluate_model(
-    measure: TokenLoss, model: Model, data: TokenSplit, sequence_length: int
+    measure: TokenLoss,
+    model: Model,
+    data: TokenSplit,
+    sequence_length: int,
+    max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """``evaluate_split`` of a loaded model over a whole split; ``measure``: its nll or scores."""
-    with progress(f"{data.split} perplexity", len(data), "tokens") as advance:
+    """``evaluate_split`` of a loaded model; ``measure``: its nll or scores."""
+    total = min(len(data), max_tokens or len(data))
+    with progress(f"{data.split} perplexity", total, "tokens") as advance:
         return evaluate_split(
             measure,
             data,
             sequence_length,
             max(BATCH_TOKENS // sequence_length, 1),
+            max_tokens,
             device=model.device,
             advance=advance,
         )

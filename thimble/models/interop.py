@@ -17,6 +17,7 @@ from thimble.artifacts import read_json
 from thimble.config.schema import ModelConfig
 from thimble.errors import DataError, nearest
 from thimble.models.causal_lm import Block, CausalLM
+from thimble.quantization import packed
 
 NATIVE = ("llama", "mistral")
 WEIGHTS = "model.safetensors"
@@ -67,6 +68,7 @@ def from_native_config(native: dict[str, Any], where: object) -> ModelConfig:
             f"{where} is a {kind or 'model of unknown type'}; thimble loads {' and '.join(NATIVE)} "
             f"checkpoints{f' ({close}?)' if close else ''}. Load it with transformers instead."
         )
+    packed.check(native.get("quantization_config"), where)
     rope = native.get("rope_parameters") or native.get("rope_scaling") or {}
     window = native.get("sliding_window")
     context = native.get("max_position_embeddings", 0)
@@ -169,11 +171,13 @@ def read_config(directory: str | Path) -> ModelConfig:
 def load_model(directory: str | Path, device: torch.device | str = "cpu") -> CausalLM:
     """Load ``config.json`` and safetensors (one file or shards) into a float32 model on ``device``.
 
+    Quantized weights (``quantization.packed``) become the float32 numbers they stand for.
     Nothing is unpickled: a directory with only a pickled file is refused with what to do.
     """
     directory = Path(directory)
     model = CausalLM(read_config(directory))
-    load_native_tensors(model, read_tensors(directory), directory)
+    tensors = packed.unpack(read_tensors(directory), directory)
+    load_native_tensors(model, tensors, directory)
     return model.to(device)
 
 
