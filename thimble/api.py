@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
     from thimble.evaluation.evaluate import Evaluation, Selection
+    from thimble.export.deployment import Export
     from thimble.generation import Model
+    from thimble.quantization.ladder import Quantization
     from thimble.quickstart import Quickstart
     from thimble.report import Report
+    from thimble.sweep import Sweep
     from thimble.training import Run
-    from thimble.training.plan import Plan
+    from thimble.training.forecast import Forecast
 
 PathLike = str | Path
 
@@ -103,14 +106,17 @@ def find_corpus(corpus: PathLike) -> Path:
     )
 
 
-def plan(recipe: PathLike, *overrides: str, **nested: Any) -> Plan:
-    """What a run would need and take, before it is started: parameters, tokens, hours, memory."""
+def plan(recipe: PathLike, *overrides: str, measure: bool = True, **nested: Any) -> Forecast:
+    """What a run would need and take, before it is started: tokens, memory, hours, cost.
+
+    ``measure``: take a few real steps on this machine, for its speed and its memory.
+    """
     from thimble.config.load import load as load_config
 
     config = load_config(recipe, overrides, nested)
-    from thimble.training.plan import plan as make_plan  # heavy: after what the user got wrong
+    from thimble.training.forecast import forecast  # heavy: after what the user got wrong
 
-    return make_plan(config)
+    return forecast(config, measure=measure)
 
 
 def train(
@@ -166,6 +172,31 @@ def train(
     return runs[0]
 
 
+def sweep(
+    recipe: PathLike | None = None,
+    *overrides: str,
+    resume: PathLike | None = None,
+    **nested: Any,
+) -> Sweep:
+    """Train a recipe once for each combination of values, and say which one is best.
+
+    A key has several values as Hydra writes them: ``"optim.learning_rate=1e-3,3e-3"``,
+    ``range(...)``, ``choice(...)``; ``hydra/launcher=...`` and ``hydra/sweeper=...`` choose its
+    plugins. Every value is checked before the first run. A run that fails is recorded and does not
+    end the others; only when none finished SweepFailed is raised. Interrupted leaves all runs to
+    ``resume``, which is the folder of a sweep.
+    """
+    if (recipe is None) == (resume is None) or (resume is not None and (overrides or nested)):
+        raise ConfigError(
+            "Give a recipe and what to sweep, or a sweep to go on with. For example:\n"
+            "  thimble sweep slm_nano optim.learning_rate=1e-3,3e-3\n"
+            "  thimble sweep --resume runs/sweeps/slm_nano/<time>-<slug>"
+        )
+    from thimble.sweep import sweep as run_all
+
+    return run_all(recipe, overrides, nested, resume)
+
+
 def load(path: PathLike, device: str = "auto") -> Model:
     """A trained model from a checkpoint, or from a run (its best checkpoint)."""
     from thimble import generation
@@ -211,6 +242,25 @@ def evaluate(
     )
 
 
+def quantize(
+    path: PathLike,
+    *,
+    bits: int = 4,
+    output: PathLike | None = None,
+    calibration_samples: int = 512,
+    device: str = "auto",
+) -> Quantization:
+    """Write a checkpoint with weights of ``bits`` (4 or 8), or of more where its gate fails.
+
+    GPTQ, calibrated on windows of the validation split; the gate is judged on the test split.
+    """
+    from thimble.quantization import ladder
+
+    return ladder.quantize(
+        path, bits=bits, output=output, calibration_samples=calibration_samples, device=device
+    )
+
+
 def generate(
     path: PathLike,
     *,
@@ -252,6 +302,53 @@ def chat(
         if stream:
             stream("\n")
     return conversation
+
+
+def export_gguf(
+    path: PathLike,
+    *,
+    type: str = "F16",
+    output: PathLike | None = None,
+    tokens: PathLike | None = None,
+) -> Export:
+    """Write a checkpoint as one GGUF file for llama.cpp, checked there where it is installed.
+
+    Types: F16, F32, Q8_0 and, with llama-cpp-python, Q4_K_M, Q4_K_S, Q5_K_M, Q5_K_S, Q6_K.
+    ``tokens``: held-out text for a checkpoint that is not of a run of ours.
+    """
+    from thimble.export import gguf
+
+    return gguf.export(path, type=type, output=output, tokens=tokens)
+
+
+def export_onnx(
+    path: PathLike,
+    *,
+    output: PathLike | None = None,
+    tokens: PathLike | None = None,
+    cache: bool = False,
+) -> Export:
+    """Write a checkpoint as an ONNX graph, checked with onnxruntime.
+
+    ``cache``: the graph also takes and gives the keys and values of the positions before.
+    """
+    from thimble.export import onnx
+
+    return onnx.export(path, output=output, tokens=tokens, cache=cache)
+
+
+def export_transformers(path: PathLike, output: PathLike, *, dtype: str | None = None) -> Path:
+    """Write what ``from_pretrained`` reads of a checkpoint, and no more, into a new folder."""
+    from thimble.export import transformers
+
+    return transformers.export(path, output, dtype=dtype)
+
+
+def export_bin(path: PathLike, output: PathLike, *, dtype: str | None = None) -> Path:
+    """The same with the weights as ``pytorch_model.bin``, for programs that want that name."""
+    from thimble.export import transformers
+
+    return transformers.export(path, output, dtype=dtype, pickled=True)
 
 
 def inspect(path: PathLike) -> dict[str, Any]:

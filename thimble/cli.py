@@ -39,8 +39,10 @@ app = typer.Typer(
 )
 corpus_app = typer.Typer(suggest_commands=False)
 tokens_app = typer.Typer(suggest_commands=False)
+export_app = typer.Typer(suggest_commands=False)
 app.add_typer(corpus_app, name="corpus", help="Sources to clean, deduplicated documents.")
 app.add_typer(tokens_app, name="tokens", help="Documents to a tokenizer and shards.")
+app.add_typer(export_app, name="export", help="A checkpoint in the form of other programs.")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and the result only.")]
@@ -140,6 +142,12 @@ Overrides = Annotated[
     ),
 ]
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder, or a run (its best one).")]
+OutputFile = Annotated[str | None, typer.Option("--output", "-o", help="File to write.")]
+NewFolder = Annotated[str, typer.Option("--output", "-o", help="Folder to write; must be new.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as is.")]
+HeldOut = Annotated[
+    str | None, typer.Option(help="Tokens to check on, for a checkpoint of another program.")
+]
 OutputFolder = Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -265,9 +273,16 @@ def quickstart(overrides: Overrides = None) -> Any:
 
 
 @verb(app, "plan", overrides=True)
-def plan(recipe: Recipe, overrides: Overrides = None) -> Any:
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Take a few real steps here.")
+    ] = True,
+) -> Any:
     """Parameters, FLOPs, tokens, hours, cost and memory of a run, before it is started."""
-    return api.plan(recipe, *check_options(overrides or [], ["--json", "--help"]))
+    options = ["--measure", "--no-measure", "--json", "--help"]
+    return api.plan(recipe, *check_options(overrides or [], options), measure=measure)
 
 
 @verb(app, "train", overrides=True)
@@ -312,6 +327,33 @@ def train(
     )
 
 
+@verb(app, "sweep", overrides=True)
+def sweep(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe, or the path of a run's config.yaml; not with --resume.",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=A,B,C...",
+            help="Keys with several values or one; hydra/launcher=... and hydra/sweeper=... too.",
+            autocompletion=complete_override,
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Go on with this sweep.")
+    ] = None,
+) -> Any:
+    """Train a recipe with each combination of values, and say which is best."""
+    words = check_options(overrides or [], ["--resume", "--json", "--help"])
+    return api.sweep(recipe, *words, resume=resume)
+
+
 @verb(app, "accept")
 def accept(
     checkpoint: Checkpoint,
@@ -346,6 +388,26 @@ def evaluate(
         tokens=tokens,
         tasks=tuple(tasks.split(",")) if tasks else (),
         limit=limit,
+        device=device,
+    )
+
+
+@verb(app, "quantize")
+def quantize(
+    checkpoint: Checkpoint,
+    bits: Annotated[int, typer.Option(help="4 or 8; more are taken where 4 fail the gate.")] = 4,
+    output: OutputFolder = None,
+    calibration_samples: Annotated[
+        int, typer.Option(metavar="N", help="Windows of the validation split.")
+    ] = 512,
+    device: Device = "auto",
+) -> Any:
+    """Weights in four or eight bits, by GPTQ; the exit status says whether the gate passes."""
+    return api.quantize(
+        checkpoint,
+        bits=bits,
+        output=output,
+        calibration_samples=calibration_samples,
         device=device,
     )
 
@@ -401,6 +463,44 @@ def chat(
         stream=None if output.json else write_piece,
     )
     return {"messages": conversation} if output.json else None
+
+
+@verb(export_app, "gguf")
+def export_gguf(
+    checkpoint: Checkpoint,
+    type: Annotated[
+        str, typer.Option(help="F16, F32, Q8_0, Q4_K_M, Q4_K_S, Q5_K_M, Q5_K_S or Q6_K.")
+    ] = "F16",
+    output: OutputFile = None,
+    tokens: HeldOut = None,
+) -> Any:
+    """One file for llama.cpp, with the tokenizer; checked there if it is installed."""
+    return api.export_gguf(checkpoint, type=type, output=output, tokens=tokens)
+
+
+@verb(export_app, "onnx")
+def export_onnx(
+    checkpoint: Checkpoint,
+    output: OutputFile = None,
+    tokens: HeldOut = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Take and give keys and values, for generating.")
+    ] = False,
+) -> Any:
+    """One graph from ids to logits; checked with onnxruntime."""
+    return api.export_onnx(checkpoint, output=output, tokens=tokens, cache=cache)
+
+
+@verb(export_app, "transformers")
+def export_transformers(checkpoint: Checkpoint, output: NewFolder, dtype: Dtype = None) -> Any:
+    """A folder with what from_pretrained reads, and no more."""
+    return api.export_transformers(checkpoint, output, dtype=dtype)
+
+
+@verb(export_app, "bin")
+def export_bin(checkpoint: Checkpoint, output: NewFolder, dtype: Dtype = None) -> Any:
+    """The same with pytorch_model.bin in place of safetensors."""
+    return api.export_bin(checkpoint, output, dtype=dtype)
 
 
 @verb(app, "inspect")

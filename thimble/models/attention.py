@@ -97,7 +97,7 @@ class Attention(nn.Module):
                 k,
                 v,
                 attn_mask=mask,
-                is_causal=mask is None and time > 1,
+                is_causal=bool(mask is None and time > 1),
                 enable_gqa=heads != kv_heads,
             )
         y = y.transpose(1, 2).reshape(batch, time, heads * size)

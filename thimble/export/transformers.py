@@ -1,0 +1,67 @@
+"""A checkpoint reduced to what ``from_pretrained`` reads, for giving it away."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from thimble import artifacts
+from thimble.config.load import Misspelt
+from thimble.errors import DataError, nearest
+from thimble.export import deployment
+from thimble.models import interop
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BIN = "pytorch_model.bin"
+FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def export(
+    path: str | Path, output: str | Path, *, dtype: str | None = None, pickled: bool = False
+) -> Path:
+    """Write configuration, weights and tokenizer into the new folder ``output``; returns it.
+
+    ``dtype`` is one of ``DTYPES`` (default: as it is); ``pickled`` writes ``pytorch_model.bin`` in
+    place of safetensors. Raises ConfigError for another dtype; DataError when the checkpoint is not
+    whole, is of an architecture that is not ours, does not fit the dtype, or ``output`` exists.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise Misspelt(f"There is no dtype {dtype}.", dtype, nearest(dtype, DTYPES), known)
+    output = Path(output)
+    if output.exists() or output.is_symlink():
+        raise DataError(f"{output} exists already. Remove it, or choose another folder with -o.")
+    directory = deployment.find_source(path).checkpoint
+    interop.load_model(directory)  # refuses what does not fit together
+    tensors = interop.read_tensors(directory)
+    config = artifacts.read_json(directory / "config.json")
+    if dtype is not None:
+        config["dtype"] = dtype
+        tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise DataError(f"{name} has values beyond {dtype}. Export it as float32.")
+    with artifacts.atomic_directory(output) as folder:
+        artifacts.write_json(folder / "config.json", config)
+        for name in FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, folder / name)
+        if pickled:
+            torch.save(tensors, folder / BIN)
+        else:
+            from safetensors.torch import save_file
+
+            save_file(tensors, folder / interop.WEIGHTS, metadata={"format": "pt"})
+    return output
