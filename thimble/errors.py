@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 class ThimbleError(Exception):
@@ -31,13 +32,16 @@ class NotAccepted(ThimbleError):
 
 
 class GuardStop(ThimbleError):
-    """A guard ended a training run; the last good checkpoint is untouched."""
+    """A guard ended a training run; the last good checkpoint is untouched.
+
+    ``event`` is what the run's record says of it: kind, step, reason and windows.
+    """
 
     status = 4
 
-    def __init__(self, message: str, run: Path) -> None:
+    def __init__(self, message: str, run: Path, event: Mapping[str, Any]) -> None:
         super().__init__(message)
-        self.run = run
+        self.run, self.event = run, event
 
 
 class DataError(ThimbleError):

@@ -131,6 +131,10 @@ def show_error(
 ) -> int:
     """Say what was wrong and what to do, once; returns the exit status."""
     message, status = explain_error(error, arguments)
+    # Of torchrun's processes one speaks: what was typed and what it names is the same for all.
+    others = os.environ.get("LOCAL_RANK", "0") != "0" and status in (2, 5)
+    if getattr(error, "spoken_for", others):
+        return status
     if verbose:
         traceback.print_exception(error, file=sys.stderr)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -161,44 +160,6 @@ def test_keeps_the_newest_and_the_best(tmp_path: Path, monkeypatch: pytest.Monke
     assert run.checkpoint.name == "step-000008"
     assert run.latest is not None
     assert run.latest.name == "step-000028"
-
-
-def test_one_process_and_two_give_the_same(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from tests import helpers_training as helpers\n"
-        "from thimble.training import train\n"
-        "train(helpers.config(Path(sys.argv[1])))\n"
-    )
-    script = tmp_path / "run.py"
-    script.write_text(code)
-    helpers.token_directory()  # built before two processes ask for it
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    runs = []
-    for count in (1, 2):
-        output = tmp_path / str(count)
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-        command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        done = subprocess.run(
-            [*command, str(script), str(output)], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        runs.append(next((output / "slm_nano").iterdir()))
-    one, two = (helpers.timeless(run) for run in runs)
-    assert len(one) == len(two) > 4
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key] == pytest.approx(b[key], rel=1e-5), key
-
-
-def test_a_step_that_cannot_be_shared_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="split over 3 processes"):
-        helpers.trainer(helpers.config(tmp_path))
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

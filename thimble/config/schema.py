@@ -144,6 +144,11 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: int = Field(
         default=4, ge=1, description="Forward passes whose gradients make one step."
     )
+    data_parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="Of several processes (torchrun). ddp: each holds the whole model; fsdp: each "
+        "holds a shard of weights, gradients and moments, for what does not fit.",
+    )
     log_every: int = Field(default=100, ge=1, description="Steps between two training records.")
     eval_every: int = Field(default=5000, ge=1, description="Steps between two evaluations.")
     save_every: int = Field(default=5000, ge=1, description="Steps between two checkpoints.")

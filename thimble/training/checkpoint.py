@@ -24,6 +24,7 @@ from thimble.console import log
 from thimble.errors import DataError
 from thimble.models import interop
 from thimble.models.causal_lm import CausalLM
+from thimble.training import sharding
 
 if TYPE_CHECKING:
     from thimble.tokens.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ class TrainerState:
 def save(
     directory: Path,
     model: CausalLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: dict[str, Any],
     scaler: torch.amp.GradScaler,
     tokenizer: Tokenizer,
     state: TrainerState,
@@ -63,11 +64,12 @@ def save(
 ) -> None:
     """Write a complete checkpoint under ``directory``; on any failure nothing has that name.
 
+    ``model`` and ``optimizer``, a state dict, are whole, also where training has them in shards.
     Raises EnvironmentProblem when the disk is full.
     """
     with artifacts.atomic_directory(directory) as temporary:
         save_model(temporary, model, tokenizer)
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        torch.save(optimizer, temporary / "optimizer.pt")
         scheduler = {"last_step": state.step, "max_steps": config.training.max_steps}
         torch.save(scheduler | {"scaler": scaler.state_dict()}, temporary / "scheduler.pt")
         torch.save(random_state(), temporary / "rng.pt")
@@ -152,11 +154,15 @@ def restore(
             f"{directory} holds another model than the one configured; resume with the model keys "
             "it was trained with."
         )
-    interop.load_native_tensors(model, interop.read_tensors(directory), directory)
+    full = CausalLM(model.config) if sharding.is_sharded(model) else model
+    interop.load_native_tensors(full, interop.read_tensors(directory), directory)
+    if full is not model:
+        sharding.scatter_weights(full, model)
     wanted = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     saved = unpickle_safely(directory / "optimizer.pt")
     if [group["names"] for group in saved["param_groups"]] != [group["names"] for group in wanted]:
         raise DataError(f"{directory / 'optimizer.pt'} belongs to other parameters.")
+    sharding.scatter_state(saved, optimizer)
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, wanted, strict=True):
         group.update(settings)

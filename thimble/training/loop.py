@@ -8,12 +8,12 @@ Nothing in a step waits for the device; values reach the host at logging steps.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 import random
-import signal
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,15 @@ from thimble.objectives.next_token import NextToken
 from thimble.tokens.loader import Windows
 from thimble.tokens.shards import TokenSplit
 from thimble.tokens.tokenizer import load_tokenizer
-from thimble.training import checkpoint, devices, guards
+from thimble.training import checkpoint, devices, guards, sharding
 from thimble.training.compilation import should_compile
-from thimble.training.distributed import Processes
+from thimble.training.distributed import Processes, ProcessFailed
 from thimble.training.loggers import Loggers
 from thimble.training.optimizer import learning_rate, make_optimizer
 from thimble.training.panel import Panel
 from thimble.training.plan import total_steps
 from thimble.training.run import Run, RunFolder
+from thimble.training.signals import StopRequest
 
 
 def train(config: Config, resume: str | Path | None = None) -> Run:
@@ -64,14 +65,27 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
         lock = artifacts.locked(folder.path, "run") if processes.main else contextlib.nullcontext()
         with lock:
             try:
+                processes.lost = lambda error: last_words(folder, trainer, error)
                 if resume is not None:
                     trainer.resume(folder, Path(resume))
                 return trainer.run(folder)
             except BaseException as error:
-                if processes.main:
-                    text = "".join(traceback.format_exception(error))
-                    (folder.path / "error.txt").write_text(text, encoding="utf-8")
-                raise
+                explained = processes.explain(error)
+                last_words(folder, trainer, explained)
+                if explained is error:
+                    raise
+                raise explained from error
+
+
+def last_words(folder: RunFolder, trainer: Trainer, error: BaseException) -> None:
+    """What ended the run, into its folder."""
+    if not trainer.processes.speaks(error):
+        return
+    text = "".join(traceback.format_exception(error))
+    (folder.path / "error.txt").write_text(text, encoding="utf-8")
+    if isinstance(error, ProcessFailed):
+        event = {"event": "failed", "step": trainer.state.step, "rank": error.rank}
+        folder.append(event | {"reason": str(error)})
 
 
 class Trainer:
@@ -97,28 +111,32 @@ class Trainer:
         torch.use_deterministic_algorithms(config.training.deterministic)
 
         generator = torch.Generator().manual_seed(config.seed)
-        self.model = CausalLM(config.model).initialize(generator).to(device)
+        self.model = CausalLM(config.model).initialize(generator)
         self.model.compute_dtype = devices.resolve_precision(config.precision, device)
         self.model.checkpoint_activations = config.training.checkpoint_activations
         # Nothing here draws from the global generators; seeded, a library below that does repeats.
         torch.manual_seed(config.seed)
         np.random.seed(config.seed % 2**32)
         random.seed(config.seed)
+        compiled = should_compile(config, self.model, self.max_steps, device)
+        self.sharded = processes.count > 1 and config.training.data_parallel == "fsdp"
+        objective = NextToken(self.model, compiled=compiled and not self.sharded)
+        self.objective: torch.nn.Module = objective
+        if self.sharded:
+            sharding.shard(objective, device, processes.count, compiled=compiled)
+        else:
+            self.model.to(device)
+            if processes.count > 1:
+                self.objective = DistributedDataParallel(objective)
         self.optimizer = make_optimizer(self.model, config.optim)
         half = self.model.compute_dtype is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
-        objective: torch.nn.Module = NextToken(
-            self.model, compiled=should_compile(config, self.model, self.max_steps, device)
-        )
-        if processes.count > 1:
-            objective = DistributedDataParallel(objective)
-        self.objective = objective
         self.parameters = list(self.model.parameters())
         self.guard = guards.StepGuard(device, config.guards.max_grad_norm)
         self.state = checkpoint.TrainerState()
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
-        self.stop_signal: int | None = None
+        self.stop_request = StopRequest(several=processes.count > 1)
 
     # --- the step
 
@@ -131,7 +149,7 @@ class Trainer:
         inputs, targets = self.windows.batch(state.windows, self.batch_size)
         # The mean over all targets of the step: whatever way it is split, the same gradient.
         count = int((targets != -100).sum())
-        scale = self.processes.count / max(count, 1)  # DDP averages over processes
+        scale = self.processes.count / max(count, 1)  # DDP and FSDP average over processes
         inputs_dev, targets_dev = self.to_device(inputs), self.to_device(targets)
         micro = config.training.micro_batch_size
         pieces = list(range(0, len(inputs_dev), micro))
@@ -147,7 +165,8 @@ class Trainer:
         loss = self.processes.add(loss) / max(count, 1)
 
         self.scaler.unscale_(self.optimizer)
-        self.norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.grad_clip)
+        self.norm = sharding.whole(norm)
         half = self.scaler.is_enabled()
         skip = self.guard.observe(state.step, loss, self.norm, half)
         for group in self.optimizer.param_groups:
@@ -174,6 +193,7 @@ class Trainer:
         return tensor.to(self.device)
 
     def without_sync(self) -> contextlib.AbstractContextManager[None]:
+        # Shards are reduced after every micro-batch: whole gradients are what there is no room for.
         if isinstance(self.objective, DistributedDataParallel):
             return self.objective.no_sync()
         return contextlib.nullcontext()
@@ -181,30 +201,33 @@ class Trainer:
     # --- the run
 
     def run(self, folder: RunFolder) -> Run:
-        training, state = self.config.training, self.state
+        state = self.state
         title = f"{self.config.recipe}: {self.model.num_parameters():,} parameters, " + (
             f"{devices.describe(self.device)}, {str(self.model.compute_dtype).split('.')[1]}"
         )
         baselines = self.baselines() if self.processes.main else {}
         loggers = Loggers(self.config, folder.path) if self.processes.main else None
-        with self.signals(), Panel(title, self.max_steps, baselines) as panel:
-            self.panel, self.folder, self.loggers = panel, folder, loggers
-            log.info("%s", title)
-            log.info("run folder: %s", folder.path)
+        self.panel = Panel(title, self.max_steps, baselines)
+        self.folder, self.loggers = folder, loggers
+        shown = self.panel if self.processes.main else contextlib.nullcontext()
+        with self.stop_request.listening(), shown:
+            if self.processes.main:
+                log.info("%s", title)
+                log.info("run folder: %s", folder.path)
             if state.step >= self.max_steps:
                 log.info("All %d steps are done; for more: training.max_steps=N", self.max_steps)
             self.started = self.clock = time.perf_counter()
             try:
                 while state.step < self.max_steps:
-                    self.guarded_step()
-                    step, last = state.step, state.step == self.max_steps
-                    if step % training.log_every == 0 or last:
-                        self.log_step()
-                    evaluate = step % training.eval_every == 0 or last
-                    best = self.evaluate() if evaluate else False
-                    if best or step % training.save_every == 0 or last:
-                        self.save(best)
-                    self.leave_if_asked()
+                    verdict = None
+                    try:
+                        self.one_round()
+                    except (RuntimeError, MemoryError) as error:
+                        verdict = self.out_of_memory(error)
+                        if verdict is None:
+                            raise
+                    if verdict:  # outside, so that no traceback keeps the step's memory
+                        self.stop(verdict)
             finally:
                 if loggers:
                     loggers.close()
@@ -212,29 +235,52 @@ class Trainer:
             folder.append({"event": "finished", "step": state.step})
         return folder.to_run("finished", state.step)
 
-    def guarded_step(self) -> None:
+    def one_round(self) -> None:
+        """A step, and what is due after it. The processes meet at its end."""
         training = self.config.training
-        try:
-            self.step()
-            verdict = self.guard.verdict()
-        except (RuntimeError, MemoryError) as error:
-            if not guards.is_out_of_memory(error):
-                raise
+        self.step()
+        if self.processes.count == 1:
+            self.check(synchronize=False)
+        step, last = self.state.step, self.state.step == self.max_steps
+        if step % training.log_every == 0 or last:
+            self.log_step()
+        evaluate = step % training.eval_every == 0 or last
+        best = self.evaluate() if evaluate else False
+        if best or step % training.save_every == 0 or last:
+            self.save(best)
+        # Hosts run ahead of their devices, so one may see a bad step before the others do.
+        bad, asked = self.processes.any(self.guard.verdict() is not None, bool(self.stop_request))
+        if bad:
+            self.check(synchronize=True)
+        if asked:
+            self.leave()
+
+    def check(self, *, synchronize: bool) -> None:
+        verdict = self.guard.verdict(synchronize=synchronize)
+        if verdict:
+            self.stop(verdict)
+
+    def out_of_memory(self, error: BaseException) -> guards.Verdict | None:
+        """The verdict when it is this process, or another one, that has no memory left."""
+        if guards.is_out_of_memory(error):
+            training = self.config.training
             verdict = guards.out_of_memory(
                 self.state.step,
                 error,
                 training.micro_batch_size,
                 training.gradient_accumulation_steps,
             )
-        if verdict:
-            self.stop(verdict)
+            self.processes.tell(
+                reason=verdict.reason, status=GuardStop.status, verdict=vars(verdict)
+            )
+            return verdict
+        note = self.processes.told(error) or {}
+        return guards.Verdict(**note["verdict"]) if "verdict" in note else None
 
     def log_step(self) -> None:
         """Bring the step's values to the host, once, and write the record."""
         state, training = self.state, self.config.training
-        verdict = self.guard.verdict(synchronize=True)
-        if verdict:
-            self.stop(verdict)
+        self.check(synchronize=True)
         loss_sum, norm = torch.stack([self.loss_sum, self.norm]).tolist()
         loss = loss_sum / state.pending_steps
         self.settle_clock()
@@ -277,16 +323,17 @@ class Trainer:
         """Validation loss, perplexity, bits per byte, samples; True when it is the best so far."""
         config, state = self.config, self.state
         self.settle_clock()
-        if not self.processes.main:  # one process is enough; the others wait at the next step
-            return False
-        result = evaluate_split(
-            self.token_losses,
-            TokenSplit(config.data.path, "val"),
-            config.training.sequence_length,
-            config.training.micro_batch_size,
-            config.evaluation.max_tokens,
-            device=self.device,
-        )
+        with sharding.usable(self.objective):
+            result = evaluate_split(
+                functools.partial(self.processes.by_rows, self.token_losses),
+                TokenSplit(config.data.path, "val"),
+                config.training.sequence_length,
+                config.training.micro_batch_size * self.processes.count,
+                config.evaluation.max_tokens,
+                device=self.device,
+            )
+            wanted = self.processes.main or self.sharded  # a sharded model needs all of them
+            samples = [self.sample(prompt) for prompt in config.evaluation.prompts if wanted]
         record = {
             "step": state.step,
             "val_loss": result["loss"],
@@ -294,12 +341,12 @@ class Trainer:
             "val_bits_per_byte": result["bits_per_byte"],
             "val_tokens": result["tokens"],
         }
-        samples = [self.sample(prompt) for prompt in config.evaluation.prompts]
-        self.folder.samples.mkdir(exist_ok=True)
-        text = "\n\n---\n\n".join(samples) + "\n"
-        artifacts.write_text(self.folder.samples / f"step-{state.step:06d}.txt", text)
-        self.write(record)
-        self.panel.evaluated(record, samples[0] if samples else "")
+        if self.processes.main:
+            self.folder.samples.mkdir(exist_ok=True)
+            text = "\n\n---\n\n".join(samples) + "\n"
+            artifacts.write_text(self.folder.samples / f"step-{state.step:06d}.txt", text)
+            self.write(record)
+            self.panel.evaluated(record, samples[0] if samples else "")
         self.clock = time.perf_counter()
         perplexity = result["perplexity"]
         if not math.isfinite(perplexity):
@@ -313,18 +360,19 @@ class Trainer:
         return token_losses(self.model.hidden(inputs), self.model.head.weight, targets)
 
     def sample(self, prompt: str) -> str:
-        options = self.config.evaluation
+        options, end = self.config.evaluation, self.tokenizer.eot_id
         ids = generate_ids(
             self.model,
-            self.tokenizer.encode(prompt) or [self.tokenizer.eot_id],
+            self.tokenizer.encode(prompt) or [end],
             max_tokens=options.sample_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=1.0,
             seed=self.config.seed,
-            stop=frozenset({self.tokenizer.eot_id}),
+            # All processes of a sharded model must come to the same number of steps.
+            stop=frozenset() if self.sharded else frozenset({end}),
         )
-        return prompt + self.tokenizer.decode(list(ids))
+        return prompt + self.tokenizer.decode(list(itertools.takewhile(end.__ne__, list(ids))))
 
     def baselines(self) -> dict[str, float]:
         from thimble.evaluation.baselines import known_rungs
@@ -344,22 +392,24 @@ class Trainer:
         self.settle_clock()
         # The record being collected belongs into the checkpoint, too.
         state.pending_loss = self.loss_sum.item()
-        verdict = self.guard.verdict(synchronize=True)
-        if verdict:
-            self.stop(verdict)
-        if self.processes.main:
-            directory = self.folder.checkpoints / f"step-{state.step:06d}"
-            if not directory.exists() or checkpoint.problems(directory):
+        self.check(synchronize=True)
+        main = self.processes.main
+        directory = self.folder.checkpoints / f"step-{state.step:06d}"
+        missing = main and (not directory.exists() or bool(checkpoint.problems(directory)))
+        if self.processes.any(missing)[0]:
+            model, optimizer = sharding.gather(self.model, self.optimizer, keep=main)
+            if main:
                 checkpoint.save(
                     directory,
-                    self.model,
-                    self.optimizer,
+                    model,
+                    optimizer,
                     self.scaler,
                     self.tokenizer,
                     state,
                     self.config,
                     self.cursor(),
                 )
+        if main:
             self.folder.point("latest", directory)
             if best:
                 self.folder.point("best", directory)
@@ -383,7 +433,10 @@ class Trainer:
                 folder.rewind(-1)
                 folder.append({"event": "resumed", "step": 0})
             return
-        directory = checkpoint.newest_valid(folder.checkpoints)
+        main = self.processes.main
+        # One process reads and hashes them all; the others take its word.
+        newest = str(checkpoint.newest_valid(folder.checkpoints)) if main else ""
+        directory = Path(self.processes.share(newest))
         if given.name != directory.name and checkpoint.STEP.match(given.name):
             raise DataError(
                 f"{given} is not the newest usable checkpoint of its run, {directory.name} is. "
@@ -425,33 +478,9 @@ class Trainer:
             f"The last good checkpoint is {latest}." if latest else "No checkpoint was saved yet."
         )
         message = f"Stopped at step {verdict.step:,}: {verdict.reason}. {good} {verdict.advice}"
-        raise GuardStop(message, self.folder.path)
+        raise GuardStop(message, self.folder.path, event)
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the loop to save and leave; a second SIGINT breaks."""
-
-        def ask(number: int, frame: Any) -> None:
-            if self.stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-            log.warning("%s: saving after this step.", signal.Signals(number).name)
-
-        import threading
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # a signal handler can only be set in the main thread; the caller has its own
-            return
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def leave_if_asked(self) -> None:
-        if not self.processes.agree(self.stop_signal is not None, self.device):
-            return
+    def leave(self) -> None:
         step = self.state.step
         self.save(best=False)
         if self.processes.main:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from thimble.config.schema import OptimConfig
 from thimble.models.layers import Linear
+from thimble.training import sharding
 
 # A quintic whose repeated application drives every singular value into about 0.7 .. 1.2 (Jordan et
 # al. 2024, https://kellerjordan.github.io/posts/muon).
@@ -101,7 +102,9 @@ class Muon(torch.optim.AdamW):
         group = everything[0]
         skip = getattr(self, "found_inf", None)
         rate = group["lr"] if skip is None else group["lr"] * (1 - skip)
+        decay = 1 - rate * group["weight_decay"]
         shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        sharded: list[tuple[Tensor, Tensor]] = []
         for weight in group["params"]:
             if weight.grad is None:
                 continue
@@ -114,15 +117,24 @@ class Muon(torch.optim.AdamW):
                 grad = torch.where(skip > 0, kept, grad)  # a bad gradient leaves no trace
             kept.lerp_(grad, 1 - self.momentum)
             ahead = grad.lerp(kept, self.momentum)
+            if hasattr(weight, "full_tensor"):
+                # Only whole matrices can be made orthogonal: every process makes each of them.
+                ahead = sharding.whole(ahead)
+                target = torch.zeros_like(ahead)
+                sharded.append((weight, target))
+            else:
+                target = weight
             heights = self.parts.get(id(weight), (len(weight),))
-            for part, update in zip(weight.split(heights), ahead.split(heights), strict=True):
+            for part, update in zip(target.split(heights), ahead.split(heights), strict=True):
                 shapes.setdefault((part.shape[0], part.shape[1]), []).append((part, update))
         # Matrices of one shape go through the products together.
         for shape, members in shapes.items():
             updates = orthogonal(torch.stack([update for _, update in members]))
             step = rate * 0.2 * math.sqrt(max(shape))
             for (part, _), update in zip(members, updates, strict=True):
-                part.mul_(1 - rate * group["weight_decay"]).sub_(update.to(part.dtype) * step)
+                part.mul_(decay).sub_(update.to(part.dtype) * step)
+        for weight, change in sharded:
+            weight.mul_(decay).add_(sharding.part(change, weight))
 
 
 def orthogonal(x_nij: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import GuardStop
 from thimble.training import loop
+from thimble.training.devices import resolve_device
 from thimble.training.distributed import Processes
 from thimble.training.run import Run, RunFolder
 
@@ -35,9 +37,7 @@ def train_with_retries(config: Config, retries: int, resume: str | Path | None =
     Raises GuardStop when the attempts are used up or nothing is left to change; whatever else ends
     a run is not retried.
     """
-    if retries and Processes().count > 1:
-        log.info("Several processes: a stopped run is not retried here, but by --resume.")
-        retries = 0
+    processes = Processes()  # all come to the same remedy, the first one writes it down
     if not retries:
         return loop.train(config, resume)
     attempts: list[dict[str, Any]] = []
@@ -51,9 +51,14 @@ def train_with_retries(config: Config, retries: int, resume: str | Path | None =
         except GuardStop as error:
             folder = RunFolder(error.run)
             resume = folder.path
-            failure = _failure(folder)
+            failure = _failure(folder, error.event)
             last = attempt == retries
-            change = {} if last else remedy(failure["kind"], failure["windows"], config, attempts)
+            # A device that waits for what another process has given up is not sure to come back.
+            gpus = processes.count > 1 and resolve_device(config.device).type == "cuda"
+            stuck = gpus and failure["kind"] == "out_of_memory"
+            change = {}
+            if not (last or stuck):
+                change = remedy(failure["kind"], failure["windows"], config, attempts)
             before = config.model_dump(mode="json")
             attempts.append(
                 {
@@ -71,21 +76,27 @@ def train_with_retries(config: Config, retries: int, resume: str | Path | None =
                     },
                 }
             )
-            artifacts.write_json(folder.path / ATTEMPTS, attempts)
+            if processes.main:
+                artifacts.write_json(folder.path / ATTEMPTS, attempts)
             if not change:
-                what = (
-                    f"attempt {attempt + 1} was the last" if last else "nothing is left to change"
-                )
+                what = "nothing is left to change"
+                if last:
+                    what = f"attempt {attempt + 1} was the last"
+                elif stuck:
+                    what = "several processes on GPUs do not mend this: change it and --resume"
                 raise GuardStop(
-                    f"{error} Given up: {what}; see {folder.path / ATTEMPTS}.", folder.path
+                    f"{error} Given up: {what}; see {folder.path / ATTEMPTS}.",
+                    folder.path,
+                    error.event,
                 ) from error
             words = " ".join(f"{key}={as_override(value)}" for key, value in change.items())
-            log.warning("attempt %d: %s", attempt + 1, failure["reason"])
-            log.warning("attempt %d of %d goes on with %s", attempt + 2, retries + 1, words)
             config = changed(config, change)
-            configuration.save(config, folder.path / configuration.CONFIG_FILE)
+            if processes.main:
+                log.warning("attempt %d: %s", attempt + 1, failure["reason"])
+                log.warning("attempt %d of %d goes on with %s", attempt + 2, retries + 1, words)
+                configuration.save(config, folder.path / configuration.CONFIG_FILE)
         else:
-            if attempts:
+            if attempts and processes.main:
                 done = {"attempt": len(attempts) + 1, "started": started, "outcome": run.status}
                 artifacts.write_json(run.path / ATTEMPTS, [*attempts, done])
             return run
@@ -95,11 +106,9 @@ def train_with_retries(config: Config, retries: int, resume: str | Path | None =
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _failure(folder: RunFolder) -> dict[str, Any]:
-    """What the record says of the last stop, with the records that led to it."""
-    records = folder.records()
-    event = next(record for record in reversed(records) if record.get("event") == "guard")
-    before = [record for record in records if "loss" in record][-EVIDENCE:]
+def _failure(folder: RunFolder, event: Mapping[str, Any]) -> dict[str, Any]:
+    """The event of a stop, with the records that led to it."""
+    before = [record for record in folder.records() if "loss" in record][-EVIDENCE:]
     kept = ("step", "loss", "grad_norm", "learning_rate", "memory_bytes")
     return {
         "kind": event["kind"],

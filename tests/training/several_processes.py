@@ -1,0 +1,140 @@
+"""What test_distributed.py runs under torchrun: several trainings, one after the other.
+
+    torchrun --nproc-per-node 2 -m tests.training.several_processes OUTPUT LEG
+
+Each process writes what ended its runs to OUTPUT/<rank>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests import helpers_training as helpers
+from thimble import cli
+from thimble.errors import DataError, ThimbleError
+from thimble.training import train, train_with_retries
+from thimble.training.loop import Trainer
+
+RANK = int(os.environ.get("RANK", "0"))
+FSDP = "training.data_parallel=fsdp"
+# Two blocks, and a vocabulary that two processes cannot share evenly.
+SHAPE = ["model.num_hidden_layers=2", "model.vocab_size=301"]
+CASES = {
+    "muon": [],
+    "adamw": ["optim.name=adamw"],
+    "recompute, untied": [
+        "training.checkpoint_activations=true",
+        "model.tie_word_embeddings=false",
+    ],
+}
+STEP = Trainer.step
+
+
+def at(step: int, action: Callable[[Trainer], None]) -> None:
+    """Do something in the process, once, just before it takes this step; -1: nothing any more."""
+    done = []
+
+    def patched(self: Trainer) -> None:
+        if self.state.step == step and not done:
+            done.append(step)
+            action(self)
+        STEP(self)
+
+    Trainer.step = patched  # type: ignore[method-assign]
+
+
+def ended(function: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        function()
+    except ThimbleError as error:
+        return {"error": type(error).__name__, "message": str(error), "status": error.status}
+    finally:
+        at(-1, lambda trainer: None)
+    return {"error": None}
+
+
+def sigterm(trainer: Trainer) -> None:
+    if RANK == 1:  # one of them is enough
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def nan(trainer: Trainer) -> None:
+    """A loss of NaN from the rows of one process alone."""
+    objective = trainer.objective
+
+    def bad(*rows: torch.Tensor) -> torch.Tensor:
+        return objective(*rows) * (float("nan") if RANK == 1 else 1.0)
+
+    bad.no_sync = objective.no_sync  # type: ignore[attr-defined]
+    trainer.objective = bad  # type: ignore[assignment]
+
+
+def out_of_memory(trainer: Trainer) -> None:
+    def allocate(*call: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)  # the allocator itself refuses
+
+    if RANK == 1:
+        trainer.model.norm.register_forward_pre_hook(allocate)
+
+
+def bad_data(trainer: Trainer) -> None:
+    if RANK == 1:
+        raise DataError("Shard 7 is damaged.")
+
+
+def same_as_one(output: Path) -> dict[str, Any]:
+    """The cases of the comparison, with DDP and with FSDP."""
+    for name, overrides in CASES.items():
+        for kind in ("ddp", "fsdp"):
+            folder = output / name / kind
+            train(helpers.config(folder, *SHAPE, *overrides, f"training.data_parallel={kind}"))
+    return {}
+
+
+def legs(output: Path) -> dict[str, Any]:
+    """The middle of a run that one process began and another ends: DDP, then FSDP."""
+    (run,) = (output / "legs" / "slm_nano").iterdir()
+    results = {}
+    for kind, step in (("ddp", 6), ("fsdp", 8)):
+        at(step, sigterm)
+        config = helpers.config(output / "legs", *SHAPE, f"training.data_parallel={kind}")
+        results[kind] = ended(lambda config=config: train(config, resume=run))  # type: ignore[misc]
+    return results
+
+
+def stops(output: Path) -> dict[str, Any]:
+    """What goes wrong in one process alone."""
+    results = {}
+    at(5, nan)
+    results["nan"] = ended(lambda: train(helpers.config(output / "nan")))
+    for kind in ("ddp", "fsdp"):
+        at(5, out_of_memory)
+        config = helpers.config(output / "memory" / kind, f"training.data_parallel={kind}")
+        results[f"memory {kind}"] = ended(lambda config=config: train_with_retries(config, 1))  # type: ignore[misc]
+    at(5, bad_data)
+    results["data"] = ended(lambda: train(helpers.config(output / "data", FSDP)))
+    return results
+
+
+def main(output: Path, scenario: str, *words: str) -> int:
+    torch.set_num_threads(1)
+    if scenario == "command":
+        at(5, bad_data)
+        return cli.main(words)
+    results: dict[str, Any] = {}
+    for function in (same_as_one, legs, stops):
+        results |= function(output)
+    (output / f"{RANK}.json").write_text(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
