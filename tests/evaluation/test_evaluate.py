@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_program_wants_tokens(
     foreign.mkdir()
     for name in names:
         shutil.copy(best(run) / name, foreign / name)
-    with pytest.raises(ConfigError, match="thimble evaluate .* --tokens"):
+    with pytest.raises(ConfigError, match=r"thimble evaluate .* --tokens"):
         api.evaluate(foreign, device="cpu")
     given = api.evaluate(foreign, tokens=tokens, device="cpu")
     assert isinstance(given, Evaluation)

@@ -73,7 +73,7 @@ def test_an_evaluation_becomes_tables(run: Path, tmp_path: Path) -> None:
     assert "<h2>Evaluation</h2>" in html
     figures = found.to_dict()["figures"]
     for part in (figures, figures["by_category"]["text"]):
-        assert f"<td class=\"number\">{part['bits_per_byte']:.3f}</td>" in html
+        assert f'<td class="number">{part["bits_per_byte"]:.3f}</td>' in html
     assert "weighted score" in html
     assert "No operating-system benchmark" in html
 

@@ -34,8 +34,8 @@ def report(path: str | Path) -> Report:
     """Write ``report.html`` and ``plots/*.png`` into a run, from what its folder holds.
 
     Raises DataError when it is no run or has no record yet. Acceptance,
-    evaluation, attempts and the statistics of tokens and corpus are shown where they are found; otherwise ``missing`` names
-    the command that makes them.
+    evaluation, attempts and the statistics of tokens and corpus are shown where they are found;
+    otherwise ``missing`` names the command that makes them.
     """
     run = RunFolder.containing(path)
     config = load_run(run.path)

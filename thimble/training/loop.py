@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thimble import artifacts
 from thimble.config.schema import Config
 from thimble.console import log
-from thimble.errors import ConfigError, DataError, GuardStop, Interrupted
+from thimble.errors import DataError, GuardStop, Interrupted
 from thimble.evaluation.perplexity import evaluate_split
 from thimble.generation.sampling import generate_ids
 from thimble.models.causal_lm import CausalLM
@@ -39,7 +39,7 @@ from thimble.training.distributed import Processes, ProcessFailed
 from thimble.training.loggers import Loggers
 from thimble.training.optimizer import learning_rate, make_optimizer
 from thimble.training.panel import Panel
-from thimble.training.plan import total_steps
+from thimble.training.plan import total_steps, training_tokens
 from thimble.training.run import Run, RunFolder
 from thimble.training.signals import StopRequest
 
@@ -55,7 +55,7 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     processes = Processes()
     device = devices.resolve_device(config.device)
     with processes.connected(device):
-        data = TokenSplit(config.data.path, "train")  # bad data is refused before a folder is made
+        data = training_tokens(config)  # bad data is refused before a folder is made
         trainer = Trainer(config, data, device, processes)
         if resume is None:
             path = str(RunFolder.create(config).path) if processes.main else ""
@@ -95,11 +95,6 @@ class Trainer:
         self, config: Config, data: TokenSplit, device: torch.device, processes: Processes
     ) -> None:
         self.config, self.data, self.device, self.processes = config, data, device, processes
-        if data.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"{config.data.path} has {data.vocab_size:,} token ids, the model has "
-                f"{config.model.vocab_size:,}. Use:\n  model.vocab_size={data.vocab_size}"
-            )
         self.windows = Windows(data.tokens, config.training.sequence_length, config.seed)
         self.batch_size = (
             config.training.micro_batch_size * config.training.gradient_accumulation_steps
@@ -216,6 +211,7 @@ class Trainer:
                 log.info("run folder: %s", folder.path)
             if state.step >= self.max_steps:
                 log.info("All %d steps are done; for more: training.max_steps=N", self.max_steps)
+            devices.reset_peak_memory(self.device)
             self.started = self.clock = time.perf_counter()
             try:
                 while state.step < self.max_steps:

@@ -74,13 +74,13 @@ def _run(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     """Read a configuration from standard input, take steps, print what they took."""
-    from thimble.tokens.shards import TokenSplit
     from thimble.training.distributed import Processes
     from thimble.training.loop import Trainer
+    from thimble.training.plan import training_tokens
 
     config = Config.model_validate_json(sys.stdin.read())
     device = devices.resolve_device(config.device)
-    trainer = Trainer(config, TokenSplit(config.data.path, "train"), device, Processes())
+    trainer = Trainer(config, training_tokens(config), device, Processes())
     devices.reset_peak_memory(device)
     seconds = []
     for _ in range(1 + STEPS):
