@@ -64,8 +64,9 @@ def forecast(config: Config, *, measure: bool = True) -> Forecast:
         "memory_available": devices.available_memory(device),
     }
     if measure:
-        smaller = [n for n in (micro // 4, micro // 2) if n and device.type != "cuda"]
-        steps = probe(config, [*smaller, micro], outline.flops_per_token)
+        # Far apart, as what a process keeps beside its tensors varies by some per cent.
+        smaller = {max(micro // 8, 1), max(micro // 2, 1)} if device.type != "cuda" else set()
+        steps = probe(config, sorted({*smaller, micro}), outline.flops_per_token)
         predicted, measured = _settle(config, predicted, steps, dtype, device, outline)
         here |= measured
     memory_of = _affine(config, dtype, device.type, predicted)

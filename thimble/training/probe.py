@@ -22,7 +22,7 @@ from thimble.config.schema import Config
 from thimble.console import progress
 from thimble.training import devices
 
-STEPS = 3  # timed, after one that warms up
+STEPS = 4  # timed, after one that warms up
 LONGEST = 20.0  # seconds that a probed step may take on a CPU, or it is not run
 CPU_FLOPS = 1e11  # assumed before anything was measured, to know which steps are short enough
 
