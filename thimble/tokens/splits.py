@@ -54,7 +54,7 @@ class Plan:
 
 def plan(documents: Documents) -> Plan:
     """Assign every document. Raises DataError when the text is too little for three splits."""
-    group, merged = _merge_equal_texts(documents)
+    group, merged = merge_equal_texts(documents)
     if merged:
         log.info("%s documents have the text of another; they stay in its split", f"{merged:,}")
     for strata in (documents.source, np.zeros_like(documents.source)):
@@ -69,7 +69,7 @@ def _is_accepted(split: np.ndarray, size: np.ndarray) -> bool:
     return all(ACCEPTED[0] <= shares[which] <= ACCEPTED[1] for which in (VAL, TEST))
 
 
-def _merge_equal_texts(documents: Documents) -> tuple[np.ndarray, int]:
+def merge_equal_texts(documents: Documents) -> tuple[np.ndarray, int]:
     """Group names in which groups that share a text have become one."""
     order = np.argsort(documents.text, kind="stable")
     text, group = documents.text[order], documents.group[order]

@@ -42,12 +42,14 @@ def download(
     sha256: str | None = None,
     pause: float = 2.0,
     open_url: Callable[..., http.client.HTTPResponse] = urllib.request.urlopen,
+    advice: str = "Without network, give a folder with the archives or packages with --from "
+    "FOLDER.",
 ) -> Path:
     """Fetch ``url`` to ``path``: retried, resumed where it broke off, checked, then renamed.
 
     What was received stays in ``path.part`` for the next attempt or the next run. Raises
     EnvironmentProblem when the network does not answer or breaks off every time, DataError when
-    the content does not have the ``sha256`` it should have.
+    the content does not have the ``sha256`` it should have. ``advice`` ends the former's message.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,8 +82,7 @@ def download(
         os.replace(part, path)
         return path
     raise EnvironmentProblem(
-        f"Could not fetch {url}: {problem}. What was received is kept and will be resumed. "
-        "Without network, give a folder with the archives or packages with --from FOLDER."
+        f"Could not fetch {url}: {problem}. What was received is kept and will be resumed. {advice}"
     )
 
 
