@@ -14,6 +14,7 @@ from thimble.console import log
 from thimble.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from thimble.conversations.build import Built
     from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
     from thimble.evaluation.evaluate import Evaluation, Selection
@@ -86,6 +87,71 @@ def build_tokens(
         tokenizer=tokenizer,
         workers=workers,
     )
+
+
+def build_conversations(
+    name: PathLike = "slimorca",
+    *,
+    tokenizer: PathLike | None = None,
+    output: PathLike | None = None,
+    workers: int | None = None,
+    **options: Any,
+) -> Built:
+    """Tokenize instruction data, with labels on the answers; returns where, counts and checks.
+
+    ``name``: ``slimorca`` or ``openorca`` (fetched), a corpus with conversations, or a file or
+    folder. ``tokenizer``: a path, or the variable LLAMA_TOKENIZER. ``options``: ``seq_len``,
+    ``subset_size``, ``test_ratio``, ``template``, ``system_message``, ``vocab_size``, ``data_dir``,
+    ``seed``, as in ``thimble.conversations.options``.
+    """
+    from pydantic import ValidationError
+
+    from thimble.conversations.options import DatasetConfig
+
+    path = None if tokenizer is None else str(tokenizer)
+    try:
+        config = DatasetConfig(name=str(name), tokenizer_path=path, **options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{key}={first['input']!r}: {first['msg']}.") from error
+    config.tokenizer()  # what is missing is said before anything is imported or read
+    from thimble.conversations.build import build
+
+    return build(config, output=output, workers=workers)
+
+
+def build_sudoku(output: PathLike | None = None, **options: Any) -> Path:
+    """Make a Sudoku data set, of files or generated; returns its folder (data/puzzles/sudoku).
+
+    ``options``: ``source``, ``generate``, ``generate_test``, ``size``, ``subsample_size``,
+    ``min_difficulty``, ``num_aug``, ``seed``, ``workers``, as in ``thimble.puzzles.sudoku.build``.
+    """
+    from thimble.puzzles import sudoku
+
+    return sudoku.build(output or "data/puzzles/sudoku", **options)
+
+
+def build_maze(output: PathLike | None = None, **options: Any) -> Path:
+    """Make a data set of mazes, of files or generated; returns its folder (data/puzzles/maze).
+
+    ``options``: ``source``, ``generate``, ``generate_test``, ``size``, ``subsample_size``, ``aug``,
+    ``seed``, ``workers``, as in ``thimble.puzzles.maze.build``.
+    """
+    from thimble.puzzles import maze
+
+    return maze.build(output or "data/puzzles/maze", **options)
+
+
+def build_arc(output: PathLike | None = None, *, input_file_prefix: str, **options: Any) -> Path:
+    """Make an ARC data set from the combined files; returns its folder (data/puzzles/arc).
+
+    ``options``: ``subsets``, ``test_set_name``, ``num_aug``, ``seed``, ``workers``, as in
+    ``thimble.puzzles.arc.build``.
+    """
+    from thimble.puzzles import arc
+
+    return arc.build(output or "data/puzzles/arc", input_file_prefix=input_file_prefix, **options)
 
 
 def find_corpus(corpus: PathLike) -> Path:

@@ -19,12 +19,14 @@ from thimble.console import setup
 from thimble.errors import ConfigError
 from thimble.terminal import show, show_error
 
+FIRST = ("corpus", "tokens", "conversations", "puzzles")
+
 
 class InOrder(TyperGroup):
     """The verbs in the order in which one uses them, not groups last."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        return sorted(super().list_commands(ctx), key=lambda name: name not in ("corpus", "tokens"))
+        return sorted(super().list_commands(ctx), key=lambda name: name not in FIRST)
 
 
 app = typer.Typer(
@@ -39,9 +41,17 @@ app = typer.Typer(
 )
 corpus_app = typer.Typer(suggest_commands=False)
 tokens_app = typer.Typer(suggest_commands=False)
+conversations_app = typer.Typer(suggest_commands=False)
+puzzles_app = typer.Typer(suggest_commands=False)
+puzzles_build_app = typer.Typer(suggest_commands=False)
 export_app = typer.Typer(suggest_commands=False)
 app.add_typer(corpus_app, name="corpus", help="Sources to clean, deduplicated documents.")
 app.add_typer(tokens_app, name="tokens", help="Documents to a tokenizer and shards.")
+app.add_typer(
+    conversations_app, name="conversations", help="Instruction data to tokens with labels."
+)
+app.add_typer(puzzles_app, name="puzzles", help="Sudoku, mazes and ARC as data sets.")
+puzzles_app.add_typer(puzzles_build_app, name="build", help="Make a data set of puzzles.")
 app.add_typer(export_app, name="export", help="A checkpoint in the form of other programs.")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
@@ -149,6 +159,20 @@ HeldOut = Annotated[
     str | None, typer.Option(help="Tokens to check on, for a checkpoint of another program.")
 ]
 OutputFolder = Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")]
+Source = Annotated[
+    str | None,
+    typer.Option("--from", help="Folder with train.csv and test.csv, or a data set of the hub."),
+]
+Generate = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Make so many for train, without any file.")
+]
+GenerateTest = Annotated[
+    int | None, typer.Option("--test", min=1, metavar="N", help="And for test; default: a tenth.")
+]
+Subsample = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Draw so many training puzzles.")
+]
+PuzzleSeed = Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
@@ -263,6 +287,152 @@ def tokens_build(
     """Make a tokenizer and the train, val and test shards of a corpus."""
     return api.build_tokens(
         corpus, output=output, vocab_size=vocab_size, tokenizer=tokenizer, workers=workers
+    )
+
+
+@verb(conversations_app, "build")
+def conversations_build(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME_OR_PATH",
+            help="slimorca, openorca, a corpus with conversations, or your own file or folder.",
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder, tokenizer.json or SentencePiece .model; or $LLAMA_TOKENIZER."),
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Longest example, in input tokens.")] = 512,
+    subset_size: Annotated[
+        int | None, typer.Option(min=1, help="So many records of the whole; default: all.")
+    ] = None,
+    test_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the prompts held out.")
+    ] = 0.05,
+    template: Annotated[
+        str, typer.Option(help="plain ([SYSTEM], [USER], [ASSISTANT]), or chat: the tokenizer's.")
+    ] = "plain",
+    system_message: Annotated[
+        str | None, typer.Option(help='Where a conversation has none; "": nothing then.')
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=2, help="Entries the tokenizer has to have.")
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="Where files are, or are fetched to; default data/NAME.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the subset and the split.")] = 0,
+    output: OutputFolder = None,
+    workers: Workers = None,
+) -> Any:
+    """Tokenize instruction data once, with labels on the answers, and check it."""
+    options = {
+        "seq_len": seq_len,
+        "subset_size": subset_size,
+        "test_ratio": test_ratio,
+        "template": template,
+        "vocab_size": vocab_size,
+        "data_dir": data_dir,
+        "seed": seed,
+    }
+    if system_message is not None:
+        options["system_message"] = system_message
+    return api.build_conversations(
+        name, tokenizer=tokenizer, output=output, workers=workers, **options
+    )
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """What was said; the rest is left to the function's own defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@verb(puzzles_build_app, "sudoku")
+def puzzles_build_sudoku(
+    source: Source = None,
+    generate: Generate = None,
+    test: GenerateTest = None,
+    size: Annotated[int, typer.Option(help="Of generated ones: 4, 6 or 9.")] = 9,
+    subsample_size: Subsample = None,
+    min_difficulty: Annotated[
+        int | None, typer.Option(metavar="N", help="Leave out what is rated lower.")
+    ] = None,
+    num_aug: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Augmentations of each training puzzle.")
+    ] = 0,
+    output: OutputFolder = None,
+    seed: PuzzleSeed = 0,
+    workers: Workers = None,
+) -> Any:
+    """Sudokus, from sapientinc/sudoku-extreme unless you say otherwise."""
+    return api.build_sudoku(
+        output,
+        **given(source=source, generate=generate, generate_test=test),
+        size=size,
+        subsample_size=subsample_size,
+        min_difficulty=min_difficulty,
+        num_aug=num_aug,
+        seed=seed,
+        workers=workers,
+    )
+
+
+@verb(puzzles_build_app, "maze")
+def puzzles_build_maze(
+    source: Source = None,
+    generate: Generate = None,
+    test: GenerateTest = None,
+    size: Annotated[int, typer.Option(help="Of generated ones: 4 to 30.")] = 30,
+    subsample_size: Subsample = None,
+    aug: Annotated[bool, typer.Option("--aug", help="All eight symmetries in training.")] = False,
+    output: OutputFolder = None,
+    seed: PuzzleSeed = 0,
+    workers: Workers = None,
+) -> Any:
+    """Mazes, from sapientinc/maze-30x30-hard-1k unless you say otherwise."""
+    return api.build_maze(
+        output,
+        **given(source=source, generate=generate, generate_test=test),
+        size=size,
+        subsample_size=subsample_size,
+        aug=aug,
+        seed=seed,
+        workers=workers,
+    )
+
+
+@verb(puzzles_build_app, "arc")
+def puzzles_build_arc(
+    input_file_prefix: Annotated[
+        str, typer.Option(help="PREFIX_SUBSET_challenges.json, PREFIX_SUBSET_solutions.json.")
+    ],
+    subsets: Annotated[
+        list[str] | None,
+        typer.Option(help="training evaluation concept; several names, or repeated."),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    test_set_name: Annotated[
+        str, typer.Option(help="The subset whose test pairs are held out.")
+    ] = "evaluation",
+    num_aug: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Augmentations of each task.")
+    ] = 1000,
+    output: OutputFolder = None,
+    seed: PuzzleSeed = 42,
+    workers: Workers = None,
+) -> Any:
+    """ARC tasks, from the combined files of the competition."""
+    if more and not subsets:
+        raise ConfigError(f"What is {more[0]}? Subsets are named after --subsets.")
+    return api.build_arc(
+        output,
+        input_file_prefix=input_file_prefix,
+        **given(subsets=[*(subsets or []), *(more or [])] or None),
+        test_set_name=test_set_name,
+        num_aug=num_aug,
+        seed=seed,
+        workers=workers,
     )
 
 

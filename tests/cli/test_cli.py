@@ -32,8 +32,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
         return lambda *args, **options: made.append((name, args, options))
 
     for name in (
-        *("build_corpus", "build_tokens", "plan", "train", "accept", "generate", "chat"),
+        *("build_corpus", "build_tokens", "build_conversations", "plan", "train", "accept"),
+        *("generate", "chat"),
         *("evaluate", "report", "doctor", "quickstart", "sweep", "quantize"),
+        *("build_sudoku", "build_maze", "build_arc"),
         *("export_gguf", "export_onnx", "export_transformers", "export_bin"),
     ):
         monkeypatch.setattr(api, name, note(name))
@@ -59,6 +61,39 @@ def lines_to_paste(text: str) -> list[str]:
         ("tokens build x", "build_tokens", ("x",), {"vocab_size": None, "tokenizer": None}),
         ("tokens build x --vocab-size 9", "build_tokens", ("x",), {"vocab_size": 9}),
         ("tokens build x --tokenizer t.model", "build_tokens", ("x",), {"tokenizer": "t.model"}),
+        (
+            "conversations build x --tokenizer t --seq-len 64 --template chat -o d",
+            "build_conversations",
+            ("x",),
+            {"tokenizer": "t", "seq_len": 64, "template": "chat", "output": "d"},
+        ),
+        (
+            "conversations build slimorca --subset-size 9 --test-ratio 0.1 --data-dir f --seed 2",
+            "build_conversations",
+            ("slimorca",),
+            {"subset_size": 9, "test_ratio": 0.1, "data_dir": "f", "seed": 2},
+        ),
+        ("puzzles build sudoku", "build_sudoku", (None,), {"size": 9, "num_aug": 0, "seed": 0}),
+        (
+            "puzzles build sudoku --from d --subsample-size 5 --min-difficulty 3 --num-aug 7 -o e",
+            "build_sudoku",
+            ("e",),
+            {"source": "d", "subsample_size": 5, "min_difficulty": 3, "num_aug": 7},
+        ),
+        (
+            "puzzles build sudoku --generate 9 --test 2 --size 4 --seed 5 --workers 2",
+            "build_sudoku",
+            (None,),
+            {"generate": 9, "generate_test": 2, "size": 4, "seed": 5, "workers": 2},
+        ),
+        ("puzzles build maze --from d --aug", "build_maze", (None,), {"source": "d", "aug": True}),
+        (
+            "puzzles build arc --input-file-prefix p --subsets training evaluation --num-aug 3",
+            "build_arc",
+            (None,),
+            {"input_file_prefix": "p", "subsets": ["training", "evaluation"], "num_aug": 3}
+            | {"test_set_name": "evaluation", "seed": 42},
+        ),
         ("plan slm_nano seed=2", "plan", ("slm_nano", "seed=2"), {"measure": True}),
         ("train slm_nano", "train", ("slm_nano",), {"resume": None}),
         ("train slm_nano --a.b c seed=2", "train", ("slm_nano", "--a.b", "c", "seed=2"), {}),

@@ -30,6 +30,7 @@ SHAPE = ["model.num_hidden_layers=2", "model.vocab_size=301"]
 CASES = {
     "muon": [],
     "adamw": ["optim.name=adamw"],
+    "adam_atan2": ["optim.name=adam_atan2"],
     "recompute, untied": [
         "training.checkpoint_activations=true",
         "model.tie_word_embeddings=false",

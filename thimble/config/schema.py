@@ -22,19 +22,40 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class ModelConfig(Section):
-    """Shape of the model: embedding, blocks of attention and SwiGLU, head."""
+# Keys of ModelConfig that mean something for ``schedule: recursive`` only.
+RECURSIVE_KEYS = frozenset(
+    {
+        "causal",
+        "H_cycles",
+        "L_cycles",
+        "bp_cycles",
+        "separate_stacks",
+        "single_z",
+        "halt_max_steps",
+        "halt_exploration_prob",
+        "puzzle_identifiers",
+        "puzzle_emb_len",
+    }
+)
 
-    mixer: Literal["attention"] = Field(
-        default="attention", description="How positions exchange values."
+
+class ModelConfig(Section):
+    """Shape of the model: embedding, blocks of a mixer and SwiGLU, head."""
+
+    mixer: Literal["attention", "mlp"] = Field(
+        default="attention",
+        description="How positions exchange values. mlp: SwiGLU over a fixed number of positions, "
+        "which sees the future, so for puzzles.",
     )
-    schedule: Literal["once"] = Field(
-        default="once", description="How often the stack of blocks runs."
+    schedule: Literal["once", "recursive"] = Field(
+        default="once",
+        description="How often the stack of blocks runs. recursive: in H and L cycles, again and "
+        "again under supervision (TRM, HRM).",
     )
     vocab_size: int = Field(ge=2, description="Entries of the tokenizer's vocabulary.")
     hidden_size: int = Field(ge=1, description="Width of the residual stream.")
     intermediate_size: int = Field(ge=1, description="Inner width of the SwiGLU layer.")
-    num_hidden_layers: int = Field(ge=1, description="Number of blocks.")
+    num_hidden_layers: int = Field(ge=1, description="Number of blocks of a stack.")
     num_attention_heads: int = Field(ge=1, description="Query heads of each block.")
     num_key_value_heads: int = Field(
         ge=1, description="Key and value heads; each serves a group of query heads."
@@ -49,7 +70,50 @@ class ModelConfig(Section):
         default=True, description="One matrix for embedding and head."
     )
     initializer_range: float = Field(
-        default=0.02, gt=0, description="Standard deviation of the initial weights."
+        default=0.02,
+        gt=0,
+        description="Standard deviation of the initial weights; a recursive model's is "
+        "1/sqrt(inputs).",
+    )
+    causal: bool = Field(
+        default=True, description="A position sees only itself and those before it."
+    )
+    H_cycles: int = Field(
+        default=3, ge=1, description="Recursive: updates of z_H in a supervision step."
+    )
+    L_cycles: int = Field(
+        default=6, ge=1, description="Recursive: updates of z_L before each update of z_H."
+    )
+    bp_cycles: int = Field(
+        default=1,
+        ge=0,
+        description="Recursive: last H cycles that gradients go through; 0: only through the last "
+        "call of each stack (HRM).",
+    )
+    separate_stacks: bool = Field(
+        default=False,
+        description="Recursive: z_H and z_L have a stack each (HRM) instead of one for both (TRM).",
+    )
+    single_z: bool = Field(
+        default=False, description="Recursive: one latent, updated L_cycles times in an H cycle."
+    )
+    halt_max_steps: int = Field(
+        default=16, ge=1, description="Recursive: supervision steps an example gets at most."
+    )
+    halt_exploration_prob: Fraction = Field(
+        default=0.1,
+        description="Recursive: how often a training row may not halt before a number of steps "
+        "drawn from 2 to halt_max_steps.",
+    )
+    puzzle_identifiers: int = Field(
+        default=0,
+        ge=0,
+        description="Recursive: puzzles with an embedding of their own; 0: there are none.",
+    )
+    puzzle_emb_len: int = Field(
+        default=16,
+        ge=1,
+        description="Recursive: positions before the tokens for the puzzle's embedding, if any.",
     )
 
     @model_validator(mode="after")
@@ -72,14 +136,67 @@ class ModelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def check_schedule(self) -> ModelConfig:
+        if self.mixer == "mlp" and self.causal:
+            raise ValueError(
+                "model.mixer=mlp mixes all positions, later ones too, so no language model can "
+                "have it: it would be given the words it is asked for. Use one of:\n"
+                "  model.mixer=attention\n  model.causal=false"
+            )
+        if not self.causal and self.schedule == "once":
+            raise ValueError(
+                "model.causal=false is for puzzles, and they need:\n  model.schedule=recursive"
+            )
+        if self.puzzle_identifiers and self.causal:
+            raise ValueError(
+                "model.puzzle_identifiers puts the puzzle before the tokens, for models that see "
+                "all positions. Use one of:\n  model.puzzle_identifiers=0\n  model.causal=false"
+            )
+        if self.bp_cycles > self.H_cycles:
+            raise ValueError(
+                f"model.bp_cycles={self.bp_cycles} is more than model.H_cycles={self.H_cycles}. "
+                f"The nearest that fit:\n  model.bp_cycles={self.H_cycles}\n"
+                f"  model.H_cycles={self.bp_cycles}"
+            )
+        if self.single_z and self.separate_stacks:
+            raise ValueError(
+                "model.single_z has no z_H for a second stack to update. Use one of:\n"
+                "  model.separate_stacks=false\n  model.single_z=false"
+            )
+        return self
+
+    @property
+    def num_positions(self) -> int:
+        """Longest sequence the blocks see: the tokens, and before them the puzzle's positions."""
+        prefix = self.puzzle_emb_len if self.puzzle_identifiers else 0
+        return prefix + self.max_position_embeddings
+
+    @property
+    def mlp_mixer_width(self) -> int:
+        """Inner width of the mlp mixer: 8/3 of the positions, in whole 256s, as TRM has it."""
+        return -(-round(self.num_positions * 8 / 3) // 256) * 256
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks that run in one supervision step of a recursive model."""
+        calls = self.H_cycles * (self.L_cycles + (0 if self.single_z else 1))
+        return calls * self.num_hidden_layers
+
     @property
     def num_parameters(self) -> int:
         """Trainable parameters, exactly; a tied embedding counts once."""
         width, head_width = self.hidden_size, self.head_dim
-        attention = 2 * width * head_width * (self.num_attention_heads + self.num_key_value_heads)
-        block = attention + 3 * width * self.intermediate_size + 2 * width
+        mixer = 2 * width * head_width * (self.num_attention_heads + self.num_key_value_heads)
+        if self.mixer == "mlp":
+            mixer = 3 * self.num_positions * self.mlp_mixer_width
+        block = mixer + 3 * width * self.intermediate_size
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * block + width
+        if self.schedule == "recursive":
+            blocks = self.num_hidden_layers * (2 if self.separate_stacks else 1)
+            halting = 2 * (width + 1)
+            return embeddings + self.puzzle_identifiers * width + blocks * block + halting
+        return embeddings + self.num_hidden_layers * (block + 2 * width) + width
 
 
 class DataConfig(Section):
@@ -97,8 +214,10 @@ class ObjectiveConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule: linear warm-up, then cosine."""
 
-    name: Literal["adamw", "muon"] = Field(
-        default="adamw", description="muon: Muon for the matrices, AdamW for the rest."
+    name: Literal["adamw", "muon", "adam_atan2"] = Field(
+        default="adamw",
+        description="muon: Muon for the matrices, AdamW for the rest; adam_atan2: Adam with atan2 "
+        "for its quotient, which needs no eps.",
     )
     learning_rate: float = Field(default=3e-4, gt=0, le=1, description="Highest learning rate.")
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = Field(

@@ -17,6 +17,7 @@ import numpy as np
 
 from thimble import artifacts
 from thimble.config.load import CONFIG_FILE, load_run
+from thimble.config.schema import RECURSIVE_KEYS
 from thimble.errors import DataError, EnvironmentProblem
 from thimble.evaluation import perplexity
 from thimble.tokens.shards import TokenSplit, check_tokenizer
@@ -171,7 +172,8 @@ def describe(
     **more: Any,
 ) -> dict[str, Any]:
     """The manifest of ``file``, which will be called ``name``."""
-    dimensions = config.model_dump(exclude={"initializer_range", "mixer", "schedule"})
+    left_out = {"initializer_range", "mixer", "schedule", *RECURSIVE_KEYS}
+    dimensions = config.model_dump(exclude=left_out)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return {
         "kind": "deployment",

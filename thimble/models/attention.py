@@ -51,7 +51,7 @@ def short_causal_attention(q_bhtc: Tensor, k_bktc: Tensor, v_bktc: Tensor) -> Te
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (arXiv:2305.13245).
+    """Grouped-query attention (arXiv:2305.13245), causal unless told otherwise.
 
         query heads   0 1 2 3 4 5        H = 6
                       | | | | | |
@@ -61,9 +61,18 @@ class Attention(nn.Module):
     and 256 channels. Queries, keys and values come from one matrix.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        causal: bool = True,
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.causal = causal
         widths = (heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads))
         self.qkv = Linear(hidden_size, *widths)
         self.output = Linear(num_heads * head_dim, hidden_size)
@@ -73,7 +82,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KVCache | None]:
         """[B, T, D] -> [B, T, D]; ``rope_2tc`` holds the rows of these T positions.
 
-        With a ``state`` the T positions follow the ones in it; they are added to it in place.
+        With a ``state`` the T positions follow the ones in it; they are added to it in place. Only
+        causal attention has one.
         """
         batch, time, _ = x_btd.shape
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_dim
@@ -83,7 +93,8 @@ class Attention(nn.Module):
         q, k = rotated[:, :heads], rotated[:, heads:]
         v = qkv[:, heads + kv_heads :]
         on_cpu = q.device.type == "cpu" and q.dtype is torch.bfloat16
-        if state is None and on_cpu and time <= SHORT and torch.is_grad_enabled():
+        short = self.causal and on_cpu and time <= SHORT
+        if state is None and short and torch.is_grad_enabled():
             y = short_causal_attention(q, k, v)
         else:
             mask = None
@@ -97,7 +108,7 @@ class Attention(nn.Module):
                 k,
                 v,
                 attn_mask=mask,
-                is_causal=bool(mask is None and time > 1),
+                is_causal=bool(self.causal and mask is None and time > 1),
                 enable_gqa=heads != kv_heads,
             )
         y = y.transpose(1, 2).reshape(batch, time, heads * size)

@@ -1,7 +1,7 @@
 """The language model: embedding -> core -> head.
 
 The core is a stack of pre-norm blocks run once. Which mixer a block has and how often the stack
-runs are two independent choices of the configuration.
+runs are two independent choices of the configuration; ``recursive.py`` has the other schedule.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from thimble.errors import ConfigError
 from thimble.models.attention import Attention, KVCache
 from thimble.models.layers import Linear, RMSNorm, SwiGLU, rotary_table
 
@@ -54,6 +55,11 @@ class CausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if config.schedule != "once":
+            raise ConfigError(
+                f"model.schedule={config.schedule} has no place here: this is the model whose "
+                "stack runs once. Use:\n  model.schedule=once"
+            )
         self.config = config
         self.compute_dtype = torch.float32
         self.checkpoint_activations = False

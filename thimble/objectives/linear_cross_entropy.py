@@ -8,7 +8,7 @@ stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,54 @@ def chunk_rows(device: torch.device, vocab_size: int) -> int:
     return max(64, elements // vocab_size)
 
 
+# Logits [rows, V] and targets [rows, 1] -> float32 losses [rows] and, when asked for, d loss /
+# d logits [rows, V].
+Form = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+def softmax_form(logits: Tensor, index: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of ``softmax(logits)``. Its gradient is softmax - one_hot."""
+    # Passes over [rows, V] are what costs time here, so there are as few as possible.
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    losses = -log_p.gather(1, index)[:, 0]
+    if not wants_grad:
+        return losses, None
+    grad = log_p.exp_()
+    return losses, grad.scatter_add_(1, index, grad.new_full((), -1.0).expand_as(index))
+
+
+def stablemax_form(logits: Tensor, index: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of ``s(logits) / sum s(logits)``, s(v) = 1 + v above 0 and 1 / (1 - v) below.
+
+    It grows linearly where the exponential of softmax runs away, so a model cannot lower its loss
+    by scaling its logits up until float32 has no digits left for the gradient (Prieto et al. 2025,
+    arXiv:2501.04697). Not comparable with a perplexity.
+    """
+    v = logits.float()
+    size = torch.where(v >= 0, v + 1, 1 / (1 - v.clamp(max=0)))
+    total, chosen = size.sum(-1, keepdim=True), size.gather(1, index)
+    losses = (total.log() - chosen.log())[:, 0]
+    if not wants_grad:
+        return losses, None
+    slope = torch.where(v >= 0, 1.0, size.square())  # ds / dv
+    toward = -slope.gather(1, index) / chosen
+    return losses, slope.div_(total).scatter_add_(1, index, toward)
+
+
+FORMS: dict[str, Form] = {"softmax": softmax_form, "stablemax": stablemax_form}
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        hidden_nd: Tensor,
+        weight_vd: Tensor,
+        targets_n: Tensor,
+        form: Form = softmax_form,
+        scale_n: Tensor | None = None,
+        right_n: Tensor | None = None,
+    ) -> Tensor:
         rows = chunk_rows(hidden_nd.device, weight_vd.shape[0])
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         weight = weight_vd.to(hidden_nd.dtype)
@@ -39,14 +84,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             targets = targets_n[start : start + rows]
             ignored = targets == IGNORE
             index = targets.masked_fill(ignored, 0)[:, None]
-            # Passes over [rows, V] are what costs time here, so there are as few as possible.
-            log_p = torch.log_softmax(hidden @ weight.t(), dim=-1, dtype=torch.float32)
-            losses[start : start + rows] = -log_p.gather(1, index)[:, 0].masked_fill(ignored, 0)
-            if not (wants_hidden or wants_weight):
+            logits = hidden @ weight.t()
+            if right_n is not None:
+                ahead = (logits >= logits.gather(1, index)).sum(-1) - 1
+                right_n[start : start + rows] = (ahead < 1) & ~ignored
+            loss, grad = form(logits, index, wants_hidden or wants_weight)
+            del logits
+            if scale_n is not None:
+                loss = loss * scale_n[start : start + rows]
+            losses[start : start + rows] = loss.masked_fill(ignored, 0)
+            if grad is None:
                 continue
-            # d loss / d logits = softmax - one_hot. Ignored rows are zeroed in the narrow matrices.
-            grad = log_p.exp_()
-            grad.scatter_add_(1, index, grad.new_full((), -1.0).expand_as(index))
+            if scale_n is not None:
+                grad *= scale_n[start : start + rows, None]
+            # Ignored rows are zeroed in the narrow matrices.
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 rows_out = grad_hidden[start : start + rows]
@@ -64,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight * grad_output
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Tensor:
@@ -74,6 +125,19 @@ def linear_cross_entropy(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> 
     Returns a float32 scalar in nats. The gradients are computed in the forward pass.
     """
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight_vd, targets.flatten())
+
+
+def scaled_cross_entropy(
+    hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, scale_n: Tensor, form: str
+) -> tuple[Tensor, Tensor]:
+    """``linear_cross_entropy`` with a factor for each position's loss, and softmax or stablemax.
+
+    hidden [N, D], weight [V, D], targets [N], float32 factors [N]. Returns the float32 sum, and of
+    each position whether its target is likelier than every other token: bool [N].
+    """
+    right = torch.zeros_like(targets_n, dtype=torch.bool)
+    loss = _LinearCrossEntropy.apply(hidden_nd, weight_vd, targets_n, FORMS[form], scale_n, right)
+    return loss, right
 
 
 def _chunks(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

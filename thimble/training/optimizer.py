@@ -1,4 +1,4 @@
-"""AdamW, or Muon with AdamW for what is no matrix; the warm-up and cosine schedule."""
+"""AdamW, Muon with AdamW for what is no matrix, Adam-atan2; the warm-up and cosine schedule."""
 
 from __future__ import annotations
 
@@ -31,17 +31,23 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW, or Muon for the matrices. Matrices decay; norms and the embedding do not.
+    """Fused AdamW, Adam-atan2, or Muon for the matrices. Matrices decay; norms and the embedding do
+    not.
 
     A norm's scale has no direction to shrink, and a rare token's embedding, seldom updated, would
     fade between its occurrences. Each group carries ``names`` so that saved state can be matched.
+    Embeddings with sparse gradients are left out: ``sparse_sign.SparseSignSGD`` is for them.
     """
     matrices: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
-    vocabulary = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    vocabulary = {id(m.weight) for m in embeddings}
+    sparse = {id(m.weight) for m in embeddings if m.sparse}
     if isinstance(head := getattr(model, "head", None), nn.Linear):
         vocabulary.add(id(head.weight))
     for name, parameter in model.named_parameters():
+        if id(parameter) in sparse:
+            continue
         matrix = parameter.dim() >= 2 and id(parameter) not in vocabulary
         (matrices if matrix else others).append((name, parameter))
     ratio = config.adamw_lr_ratio if config.name == "muon" else 1.0
@@ -60,9 +66,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.betas[0], config.betas[1]),
-        "eps": config.eps,
-        "fused": True,
     }
+    if config.name == "adam_atan2":
+        return AdamAtan2(groups, **options)
+    options |= {"eps": config.eps, "fused": True}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, **options)
     parts = {id(m.weight): m.parts for m in model.modules() if isinstance(m, Linear)}
@@ -135,6 +142,57 @@ class Muon(torch.optim.AdamW):
                 part.mul_(decay).sub_(update.to(part.dtype) * step)
         for weight, change in sharded:
             weight.mul_(decay).add_(sharding.part(change, weight))
+
+
+class AdamAtan2(torch.optim.AdamW):
+    """AdamW with ``atan2(m, sqrt(v))`` for ``m / (sqrt(v) + eps)`` (Everett et al. 2024,
+    arXiv:2407.05872, with a = b = 1).
+
+    Without an eps the update does not depend on the size of the gradient at all, and none is larger
+    than pi/2 x rate. Both moments are corrected for their start at zero.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        skip = getattr(self, "found_inf", None)
+        taken = 1.0 if skip is None else 1 - skip  # a bad gradient leaves no trace
+        for group in self.param_groups:
+            given = [weight for weight in group["params"] if weight.grad is not None]
+            states = [self.state[weight] for weight in given]
+            for weight, state in zip(given, states, strict=True):
+                if not state:
+                    state["step"] = torch.zeros((), device=weight.device)
+                    state["exp_avg"] = torch.zeros_like(weight)
+                    state["exp_avg_sq"] = torch.zeros_like(weight)
+                state["step"] += taken
+            if not given:
+                continue
+            weights, grads, first, second = (
+                [sharding.local(tensor) for tensor in tensors]
+                for tensors in (
+                    given,
+                    [weight.grad for weight in given],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                )
+            )
+            if skip is not None:
+                grads = [grad.masked_fill(skip > 0, 0) for grad in grads]
+            rate, (beta1, beta2) = group["lr"] * taken, group["betas"]
+            moves = (first, grads, 1 - beta1), (second, torch._foreach_mul(grads, grads), 1 - beta2)
+            for moment, target, share in moves:
+                change = torch._foreach_sub(target, moment)
+                torch._foreach_mul_(change, share * taken)
+                torch._foreach_add_(moment, change)
+            # atan2 sees only the ratio, so one factor on m corrects both moments.
+            counts = [state["step"].clamp(min=1) for state in states]
+            ratios = [(1 - beta2**count).sqrt() / (1 - beta1**count) for count in counts]
+            updates = torch._foreach_mul(first, ratios)
+            for update, size in zip(updates, torch._foreach_sqrt(second), strict=True):
+                update.atan2_(size)
+            torch._foreach_mul_(updates, rate)
+            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+            torch._foreach_sub_(weights, updates)
 
 
 def orthogonal(x_nij: Tensor) -> Tensor:

@@ -48,6 +48,12 @@ def whole(tensor: Tensor) -> Tensor:
     return gather() if gather else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The values of a tensor that this process holds, for what is done value by value."""
+    piece: Any = getattr(tensor, "to_local", None)
+    return piece() if piece else tensor
+
+
 def part(tensor: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a full tensor, when ``like`` is a shard; else the tensor."""
     if not hasattr(like, "full_tensor"):

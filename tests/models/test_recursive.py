@@ -1,0 +1,492 @@
+"""The recursion alone: its sizes, its causality, its gradients, its caches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from thimble.config.load import load
+from thimble.config.schema import ModelConfig
+from thimble.errors import ConfigError
+from thimble.generation.sampling import generate_ids
+from thimble.models.causal_lm import CausalLM
+from thimble.models.recursive import RecursiveLM, truncated_normal_
+
+PUZZLE = {"causal": False}
+MLP = {"mixer": "mlp", "causal": False}
+SINGLE = {"single_z": True}
+SEPARATE = {"separate_stacks": True}
+PLAIN = {"single_z": True, "H_cycles": 1, "L_cycles": 1, "halt_max_steps": 1}
+WITH_PUZZLES = {"causal": False, "puzzle_identifiers": 7, "puzzle_emb_len": 3}
+CAUSAL: list[dict[str, Any]] = [{}, SEPARATE, SINGLE, PLAIN]
+EVERY: list[dict[str, Any]] = [*CAUSAL, PUZZLE, MLP, WITH_PUZZLES, MLP | WITH_PUZZLES]
+
+
+def small(**changes: Any) -> ModelConfig:
+    shape = {
+        "schedule": "recursive",
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "max_position_embeddings": 20,
+        "tie_word_embeddings": False,
+        "H_cycles": 3,
+        "L_cycles": 2,
+        "halt_max_steps": 3,
+    }
+    return ModelConfig.model_validate({**shape, **changes})
+
+
+def published(**changes: Any) -> ModelConfig:
+    """The shape of the published models: hidden 512, 8 heads, two layers."""
+    shape: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "L_cycles": 6,
+    }
+    return small(**{**shape, **changes})
+
+
+def model_of(config: ModelConfig, seed: int = 0) -> RecursiveLM:
+    return RecursiveLM(config).initialize(torch.Generator().manual_seed(seed))
+
+
+def ids_of(rows: int = 2, time: int = 20, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 61, (rows, time), generator=torch.Generator().manual_seed(seed))
+
+
+def puzzles_of(config: ModelConfig, rows: int = 2) -> torch.Tensor | None:
+    return torch.arange(rows) + 3 if config.puzzle_identifiers else None
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({"vocab_size": 32000}, 39_584_770),
+        ({"vocab_size": 32000, "tie_word_embeddings": True}, 23_200_770),
+        ({"vocab_size": 128}, 6_947_842),
+        # HRM as others counted it on Sudoku: two stacks of four layers.
+        (
+            {"vocab_size": 11, "separate_stacks": True, "num_hidden_layers": 4},
+            27_275_266,
+        ),
+    ],
+)
+def test_sizes_are_those_of_the_published_models(changes: dict[str, Any], parameters: int) -> None:
+    config = published(**changes)
+    with torch.device("meta"):
+        assert RecursiveLM(config).num_parameters() == parameters
+    assert config.num_parameters == parameters
+    if config.vocab_size == 32000 and not config.tie_word_embeddings:
+        assert parameters - 2 * 32000 * 512 == 6_816_770
+
+
+def test_the_mlp_is_the_paper_s_five_million_on_sudoku() -> None:
+    config = published(
+        **MLP, vocab_size=11, max_position_embeddings=81, puzzle_identifiers=1, puzzle_emb_len=16
+    )
+    with torch.device("meta"):
+        assert RecursiveLM(config).num_parameters() == config.num_parameters
+    core = 2 * (3 * 97 * 512 + 3 * 512 * 1536) + 1026
+    assert config.num_parameters == core + 2 * 11 * 512 + 512
+
+
+@pytest.mark.parametrize("changes", EVERY)
+def test_the_configuration_knows_the_parameters(changes: dict[str, Any]) -> None:
+    for tied in (True, False):
+        config = small(**changes, tie_word_embeddings=tied)
+        assert model_of(config).num_parameters() == config.num_parameters
+
+
+def test_plain_transformers_of_equal_parameters_and_of_equal_computation() -> None:
+    def flops(config: ModelConfig) -> int:
+        model = model_of(config)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(ids_of())
+        return counter.get_total_flops()
+
+    recursive = small(halt_max_steps=1)
+    same_size = small(**PLAIN)
+    same_work = small(**PLAIN, num_hidden_layers=recursive.blocks_per_step)
+    assert same_size.num_parameters == recursive.num_parameters
+    assert flops(same_work) == flops(recursive)
+    assert flops(same_size) < flops(recursive) / 3
+    assert recursive.blocks_per_step == 3 * (2 + 1) * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mixer": "mlp"}, "model.causal=false"),
+        ({"causal": False, "schedule": "once"}, "model.schedule=recursive"),
+        ({"puzzle_identifiers": 3}, "model.causal=false"),
+        ({"bp_cycles": 4}, "model.bp_cycles=3"),
+        ({**SINGLE, **SEPARATE}, "model.single_z=false"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        small(**changes)
+    overrides = [f"model.{key}={str(value).lower()}" for key, value in changes.items()]
+    with pytest.raises(ConfigError, match=words):
+        load("slm_nano", ["model.schedule=recursive", *overrides])
+
+
+def test_each_schedule_has_its_own_model() -> None:
+    with pytest.raises(ConfigError, match="schedule=once"):
+        CausalLM(small())
+    with pytest.raises(ConfigError, match="schedule=recursive"):
+        RecursiveLM(load("slm_nano").model)
+
+
+# --- beginnings
+
+
+def test_truncated_normal_has_its_deviation_and_its_ends() -> None:
+    draw = torch.empty(200_000)
+    truncated_normal_(draw, 0.3, torch.Generator().manual_seed(0))
+    assert draw.std().item() == pytest.approx(0.3, rel=0.01)
+    assert draw.mean().item() == pytest.approx(0.0, abs=0.003)
+    assert draw.abs().max() <= 2 * 0.3 / 0.8796
+    assert draw.abs().max() > 0.65
+
+
+@pytest.mark.parametrize("changes", [{}, PUZZLE, SINGLE, SEPARATE])
+@pytest.mark.parametrize("tied", [True, False])
+def test_first_loss_is_the_logarithm_of_the_vocabulary(changes: dict[str, Any], tied: bool) -> None:
+    config = small(
+        **changes,
+        vocab_size=2000,
+        hidden_size=192,
+        intermediate_size=256,
+        head_dim=48,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    ids = torch.randint(0, 2000, (8, 65), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = model_of(config)(ids[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    # Logits have deviation 1, and E[exp] of such is exp(1/2).
+    assert loss.item() == pytest.approx(math.log(2000) + 0.5, abs=0.25)
+    assert logits.std().item() == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_position_is_its_token_and_its_latents_the_same_everywhere() -> None:
+    config = small(**WITH_PUZZLES, hidden_size=64)
+    model = model_of(config)
+    assert model.puzzle_embedding is not None
+    torch.nn.init.ones_(model.puzzle_embedding.weight[5].data)
+    ids = ids_of(time=9)
+    x = model.embed(ids, torch.tensor([5, 4]))
+    torch.testing.assert_close(x[:, 3:], model.embedding.weight[ids] * 8)
+    assert x[:, 3:].std().item() == pytest.approx(1.0, abs=0.05)
+    torch.testing.assert_close(x[0, 0], torch.full((64,), 8.0))
+    assert not x[0, 1:3].any()
+    assert not x[1, :3].any()
+    z_H, z_L = model.initial_latents(2, 12)
+    assert torch.equal(z_H, model.H_init.expand(2, 12, 64))
+    assert torch.equal(z_L, model.L_init.expand(2, 12, 64))
+
+
+def test_the_halting_head_begins_with_go_on() -> None:
+    model = model_of(small())
+    *_, z = model.unroll(ids_of())
+    q = model.q_values(z, torch.tensor([4, 9]))
+    assert torch.equal(q, torch.full((2, 2), -5.0))
+    with pytest.raises(ConfigError, match="halting head"):
+        model.q_values(z)
+
+
+def test_rows_stop_where_the_halting_head_says_so() -> None:
+    model = model_of(small(halt_max_steps=6))
+    torch.nn.init.normal_(model.q_head.weight, generator=torch.Generator().manual_seed(4))
+    ids, position = ids_of(40), torch.arange(40) % 19 + 1
+    with torch.no_grad():
+        q = torch.stack([model.q_values(z, position)[:, 0] for z in model.unroll(ids)])
+        model.q_head.bias[0] -= q.median()  # as many would stop as go on
+    steps = model.halting_steps(ids, position)
+    q = q - q.median()
+    for row, step in enumerate(steps.tolist()):
+        assert (q[: step - 1, row] <= 0).all()
+        assert step == 6 or q[step - 1, row] > 0
+    assert len(steps.unique()) > 2
+    model.q_head.bias.data[0] = 1e6
+    assert model.halting_steps(ids, position).eq(1).all()
+    model.q_head.bias.data[0] = -1e6
+    assert model.halting_steps(ids, position).eq(6).all()
+
+
+def test_beginnings_are_kept_with_the_weights_but_not_trained() -> None:
+    model = model_of(small())
+    names = {name for name, _ in model.named_parameters()}
+    assert {"H_init", "L_init"} <= model.state_dict().keys()
+    assert not {"H_init", "L_init"} & names
+    model(ids_of()).sum().backward()
+    assert model.H_init.grad is None
+    assert model.H_init.std() > 0.5
+
+
+# --- causality
+
+
+def latents_of_every_call(model: RecursiveLM, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What every call of a stack gives, in every cycle of every supervision step."""
+    found: list[torch.Tensor] = []
+    hooks = [
+        stack.register_forward_hook(lambda module, given, made: found.append(made.detach()))
+        for stack in model.stacks
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("changes", CAUSAL)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_past_does_not_see_the_future(changes: dict[str, Any], training: bool) -> None:
+    config = small(**changes)
+    model = model_of(config)
+    ids = ids_of()
+    with torch.set_grad_enabled(training):
+        before = latents_of_every_call(model, ids)
+        steps = [model.head(z[0]) for z in model.unroll(ids)]
+        assert len(before) * config.num_hidden_layers == (
+            config.blocks_per_step * config.halt_max_steps
+        )
+        for position in (1, 11, 19):
+            changed = ids.clone()
+            changed[:, position] = (changed[:, position] + 1) % 61
+            for mine, other in zip(before, latents_of_every_call(model, changed), strict=True):
+                assert torch.equal(mine[:, :position], other[:, :position])
+            for mine, z in zip(steps, model.unroll(changed), strict=True):
+                other = model.head(z[0])
+                assert torch.equal(mine[:, :position], other[:, :position])
+                assert not torch.allclose(mine[:, position], other[:, position])
+
+
+@pytest.mark.parametrize("changes", [PUZZLE, MLP, WITH_PUZZLES])
+def test_a_puzzle_s_positions_all_see_each_other(changes: dict[str, Any]) -> None:
+    config = small(**changes)
+    model = model_of(config)
+    ids, puzzles = ids_of(), puzzles_of(config)
+    changed = ids.clone()
+    changed[:, 19] = (changed[:, 19] + 1) % 61
+    with torch.no_grad():
+        difference = model(ids, puzzles_b=puzzles) - model(changed, puzzles_b=puzzles)
+    assert (difference.abs().amax(-1) > 0).all()
+
+
+def test_an_mlp_takes_its_number_of_positions_only() -> None:
+    model = model_of(small(**MLP))
+    with pytest.raises(ConfigError, match="max_position_embeddings=19"):
+        model(ids_of(time=19))
+
+
+@torch.no_grad()
+def test_padding_changes_nothing() -> None:
+    model = model_of(small())
+    ids = ids_of(time=12)
+    bare = model(ids)
+    for pad, room in itertools.product((0, 60), (1, 8)):
+        padded = F.pad(ids, (0, room), value=pad)
+        torch.testing.assert_close(model(padded)[:, :12], bare, atol=1e-5, rtol=1e-5)
+    alone = torch.cat([model(ids[:1]), model(ids[1:])])
+    torch.testing.assert_close(alone, bare, atol=1e-5, rtol=1e-5)
+
+
+def test_every_puzzle_has_its_own_embedding() -> None:
+    config = small(**WITH_PUZZLES)
+    model = model_of(config)
+    assert model.puzzle_embedding is not None
+    one, other = (model(ids_of(), puzzles_b=torch.tensor(p)) for p in ([3, 4], [0, 6]))
+    torch.testing.assert_close(one, other)  # they begin as zeros
+    one.sum().backward()
+    gradient = model.puzzle_embedding.weight.grad
+    assert gradient is not None
+    assert gradient.is_sparse
+    assert gradient.coalesce().indices()[0].tolist() == [3, 4]
+    with torch.no_grad():
+        model.puzzle_embedding.weight.normal_()
+    changed = model(ids_of(), puzzles_b=torch.tensor([3, 5]))
+    again = model(ids_of(), puzzles_b=torch.tensor([3, 4]))
+    assert torch.equal(changed[0], again[0])
+    assert not torch.allclose(changed[1], again[1])
+
+
+# --- gradients
+
+
+def as_the_papers_write_it(
+    model: RecursiveLM, z: tuple[torch.Tensor, ...], x: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """One supervision step, without cleverness. TRM: T-1 cycles without gradients, one with (here:
+    the last n of T). HRM: everything without, then one call of each."""
+    config, rope = model.config, model.rope_2sc[:, : x.shape[1]]
+
+    def net(stack: Any, h: torch.Tensor) -> torch.Tensor:
+        for block in stack.blocks:
+            mixed, _ = block.mixer(h, rope, None)
+            h = h + mixed
+            h = h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            h = h + block.mlp(h)
+            h = h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return h
+
+    low, high = model.stacks[0], model.stacks[-1]
+    if config.single_z:
+        (y,) = z
+        learned = max(config.bp_cycles * config.L_cycles, 1)
+        with torch.no_grad():
+            for _ in range(config.H_cycles * config.L_cycles - learned):
+                y = net(low, y + x)
+        for _ in range(learned):
+            y = net(low, y + x)
+        return (y,)
+    y, r = z
+
+    def cycle(y: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for _ in range(config.L_cycles):
+            r = net(low, r + y + x)
+        return net(high, y + r), r
+
+    if config.bp_cycles == 0:
+        with torch.no_grad():
+            for _ in range(config.H_cycles - 1):
+                y, r = cycle(y, r)
+            for _ in range(config.L_cycles - 1):
+                r = net(low, r + y + x)
+        r = net(low, r + y + x)
+        y = net(high, y + r)
+        return y, r
+    with torch.no_grad():
+        for _ in range(config.H_cycles - config.bp_cycles):
+            y, r = cycle(y, r)
+    for _ in range(config.bp_cycles):
+        y, r = cycle(y, r)
+    return y, r
+
+
+@pytest.mark.parametrize("bp_cycles", [0, 1, 2, 3])
+@pytest.mark.parametrize("changes", [{}, SEPARATE, SINGLE, PUZZLE, MLP])
+def test_equals_the_recursion_as_the_papers_write_it(
+    changes: dict[str, Any], bp_cycles: int
+) -> None:
+    config = small(**changes, bp_cycles=bp_cycles)
+    model = model_of(config).double()
+    model.compute_dtype = torch.float64
+    ids = ids_of()
+    draw = torch.Generator().manual_seed(3)
+    start = tuple(
+        torch.randn(2, 20, 24, generator=draw, dtype=torch.float64)
+        for _ in model.initial_latents(2, 20)
+    )
+    target = torch.randn(2, 20, 24, generator=draw, dtype=torch.float64)
+    results = []
+    for step in (model.supervision_step, lambda z, x: as_the_papers_write_it(model, z, x)):
+        model.zero_grad()
+        z = step(start, model.embed(ids))
+        (z[0] * target).sum().backward()
+        results.append((z, {name: p.grad for name, p in model.named_parameters()}))
+    (mine, gradients), (theirs, expected) = results
+    torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+    for name, gradient in gradients.items():
+        if expected[name] is None:
+            assert gradient is None, name
+        else:
+            torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-6)
+    assert any(gradient is not None for gradient in gradients.values())
+
+
+def test_more_cycles_in_the_gradient_are_another_gradient() -> None:
+    seen = []
+    for bp_cycles in (0, 1, 2, 3):
+        model = model_of(small(bp_cycles=bp_cycles))
+        model(ids_of()).square().mean().backward()
+        seen.append(model.stacks[0].get_parameter("blocks.0.mlp.down.weight").grad)
+    for one, other in itertools.combinations(seen, 2):
+        assert not torch.allclose(one, other, rtol=1e-3)
+
+
+def test_supervision_steps_pass_no_gradient_on() -> None:
+    model = model_of(small(bp_cycles=3))
+    *_, before, last = model.unroll(ids_of(), steps=3)
+    assert before[0].requires_grad
+    grads = torch.autograd.grad(last[0].sum(), before, allow_unused=True)
+    assert grads == (None, None)
+
+
+def test_activations_computed_again_give_the_same_gradient() -> None:
+    gradients = []
+    for again in (False, True):
+        model = model_of(small(bp_cycles=2))
+        model.checkpoint_activations = again
+        assert model.checkpoint_activations is again
+        model(ids_of()).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    model = model_of(small(halt_max_steps=1, H_cycles=1))
+    exact = model(ids_of())
+    model.compute_dtype = torch.bfloat16
+    near = model(ids_of())
+    assert near.dtype is torch.float32
+    assert (near - exact).abs().max() < 0.1 * exact.abs().max()
+    assert not torch.equal(near, exact)
+
+
+# --- caches
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, SEPARATE, SINGLE, {"num_key_value_heads": 4}])
+@pytest.mark.parametrize("pieces", [[1] * 20, [9, 1, 4, 6], [20]])
+def test_cached_equals_uncached(changes: dict[str, Any], pieces: list[int]) -> None:
+    model = model_of(small(**changes))
+    ids = ids_of()
+    for steps in (1, 3):
+        state = model.new_state(2, steps=steps)
+        start, parts = 0, []
+        for piece in pieces:
+            parts.append(model(ids[:, start : start + piece], state))
+            start += piece
+        whole = model(ids, steps=steps)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_through_the_cache_is_the_greedy_one() -> None:
+    model = model_of(small())
+    prompt = ids_of(1, 5)[0].tolist()
+    options = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 1}
+    cached = list(generate_ids(model, prompt, max_tokens=15, **options))  # type: ignore[arg-type]
+    ids = list(prompt)
+    for _ in range(15):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert cached == ids[5:]
+    assert len(set(cached)) > 3
+
+
+def test_what_sees_the_future_has_no_cache() -> None:
+    with pytest.raises(ConfigError, match="cache"):
+        model_of(small(**PUZZLE)).new_state(1)
