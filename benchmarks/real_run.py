@@ -89,7 +89,10 @@ def main() -> None:
                     "peak memory, measured by the plan",
                     f"{measured / MIB:,.0f} MiB" if measured else "no",
                 ],
-                ["peak memory of the training process", f"{last['memory_bytes'] / MIB:,.0f} MiB"],
+                [
+                    "peak memory of the process that did all of this, in training",
+                    f"{last['memory_bytes'] / MIB:,.0f} MiB",
+                ],
             ],
         ),
         "Gate": table(

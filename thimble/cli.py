@@ -2,438 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect as signatures
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from thimble import __version__, api
-from thimble.console import setup
-from thimble.errors import ConfigError
-from thimble.terminal import show, show_error
-
-FIRST = ("corpus", "tokens", "conversations", "puzzles")
-
-
-class InOrder(TyperGroup):
-    """The verbs in the order in which one uses them, not groups last."""
-
-    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        return sorted(super().list_commands(ctx), key=lambda name: name not in FIRST)
-
-
-app = typer.Typer(
-    cls=InOrder,
-    suggest_commands=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train small language models on one machine, and show that what came out is real.",
-    epilog="Exit status: 0 done or accepted, 1 unexpected, 2 usage or configuration, "
-    "3 not accepted, 4 stopped by a guard, 5 bad input data, 6 environment, "
-    "75 interrupted and resumable, 130 interrupted.",
+from thimble import api, cli_data
+from thimble.command import (
+    app,
+    export_app,
+    output,
+    verb,
 )
-corpus_app = typer.Typer(suggest_commands=False)
-tokens_app = typer.Typer(suggest_commands=False)
-conversations_app = typer.Typer(suggest_commands=False)
-puzzles_app = typer.Typer(suggest_commands=False)
-puzzles_build_app = typer.Typer(suggest_commands=False)
-export_app = typer.Typer(suggest_commands=False)
-app.add_typer(corpus_app, name="corpus", help="Sources to clean, deduplicated documents.")
-app.add_typer(tokens_app, name="tokens", help="Documents to a tokenizer and shards.")
-app.add_typer(
-    conversations_app, name="conversations", help="Instruction data to tokens with labels."
+from thimble.terminal import show_error
+from thimble.words import (
+    Checkpoint,
+    Device,
+    Dtype,
+    HeldOut,
+    MaxTokens,
+    NewFolder,
+    OutputFile,
+    OutputFolder,
+    Overrides,
+    Recipe,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    check_options,
+    complete_key,
+    complete_override,
+    complete_recipe,
+    fill_resume,
 )
-app.add_typer(puzzles_app, name="puzzles", help="Sudoku, mazes and ARC as data sets.")
-puzzles_app.add_typer(puzzles_build_app, name="build", help="Make a data set of puzzles.")
-app.add_typer(export_app, name="export", help="A checkpoint in the form of other programs.")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and the result only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Details, and tracebacks.")]
-
-
-class Output:
-    """How to answer; the flags may stand before and after the verb."""
-
-    json = False
-    verbosity = 0
-
-    def want(self, json: bool, quiet: bool, verbose: bool) -> None:
-        self.json |= json
-        self.verbosity = -1 if quiet else 1 if verbose else self.verbosity
-        setup(self.verbosity)
-
-
-output = Output()
-
-
-def verb(group: typer.Typer, name: str, *, overrides: bool = False) -> Callable[..., Any]:
-    """Register a function as a command that also takes --json, -q and -v, and show its result."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def command(*args: Any, json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
-            output.want(json, quiet, verbose)
-            return show(function(*args, **options), as_json=output.json)
-
-        flags = {"json": Json, "quiet": Quiet, "verbose": Verbose}
-        own = signatures.signature(function, eval_str=True)
-        parameters = list(own.parameters.values()) + [
-            signatures.Parameter(
-                flag, signatures.Parameter.KEYWORD_ONLY, default=False, annotation=kind
-            )
-            for flag, kind in flags.items()
-        ]
-        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        settings = {"ignore_unknown_options": True} if overrides else {}
-        return group.command(name, context_settings=settings)(command)
-
-    return register
-
-
-# ---------------------------------------------------------------------------- what is completed
-
-
-def complete_recipe(incomplete: str) -> Iterator[tuple[str, str]]:
-    from thimble.config.load import recipe_names, recipe_summary
-
-    for name in recipe_names():
-        if name.startswith(incomplete):
-            yield name, recipe_summary(name)
-
-
-def complete_override(incomplete: str) -> Iterator[tuple[str, str]]:
-    from thimble.config.describe import choices_of, keys
-    from thimble.config.load import group_choices
-
-    words = {f"{key}=": field.description or "" for key, field in keys().items()}
-    for key, field in keys().items():
-        if incomplete.startswith(f"{key}="):
-            words |= {f"{key}={choice}": "" for choice in choices_of(field)}
-    for group, choices in group_choices().items():
-        words |= {f"{group}={choice}": f"another {group}" for choice in choices}
-    for word, description in words.items():
-        if word.startswith(incomplete):
-            yield word, description
-
-
-def complete_key(incomplete: str) -> Iterator[tuple[str, str]]:
-    from thimble.config.describe import keys
-
-    for key, field in keys().items():
-        if key.startswith(incomplete):
-            yield key, field.description or ""
-
-
-# -------------------------------------------------------------------------------------- words
-
-Recipe = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A recipe, or the path of a run's config.yaml.",
-        autocompletion=complete_recipe,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Any key of `thimble explain`; --key=value and --key value are understood too.",
-        autocompletion=complete_override,
-    ),
-]
-Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder, or a run (its best one).")]
-OutputFile = Annotated[str | None, typer.Option("--output", "-o", help="File to write.")]
-NewFolder = Annotated[str, typer.Option("--output", "-o", help="Folder to write; must be new.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as is.")]
-HeldOut = Annotated[
-    str | None, typer.Option(help="Tokens to check on, for a checkpoint of another program.")
-]
-OutputFolder = Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")]
-Source = Annotated[
-    str | None,
-    typer.Option("--from", help="Folder with train.csv and test.csv, or a data set of the hub."),
-]
-Generate = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Make so many for train, without any file.")
-]
-GenerateTest = Annotated[
-    int | None, typer.Option("--test", min=1, metavar="N", help="And for test; default: a tenth.")
-]
-Subsample = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Draw so many training puzzles.")
-]
-PuzzleSeed = Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw from this many tokens; 0: from all.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from this share of probability.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-
-
-def settings_of(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Split words into plain ones and ``key=value`` settings, each key one of ``known``."""
-    from thimble.config.load import Misspelt
-
-    plain, settings = [], {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or Path(word).exists():
-            plain.append(word)
-        elif key in known:
-            settings[key] = value
-        else:
-            close = difflib.get_close_matches(key, known, n=1)
-            right = f"{close[0]}={value}" if close else None
-            raise Misspelt(f"There is no {key} here.", word, right, f"Known: {', '.join(known)}.")
-    return plain, settings
-
-
-def check_options(words: Sequence[str], options: Sequence[str]) -> list[str]:
-    """Refuse a misspelt option of the command itself before it is taken for a key."""
-    from thimble.config.load import Misspelt
-
-    for word in words:
-        name = word.partition("=")[0]
-        if name.startswith("-") and "." not in name:
-            close = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
-            if close or not name.startswith("--"):
-                right = close[0] if close else None
-                raise Misspelt(f"There is no option {name}.", name, right)
-    return list(words)
-
-
-# -------------------------------------------------------------------------------------- verbs
-
-
-def want_json(wanted: bool | None) -> bool:
-    output.json |= bool(wanted)
-    return output.json
-
-
-def print_version(wanted: bool | None) -> None:
-    if wanted:
-        print(json.dumps({"version": __version__}) if output.json else f"thimble {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def before_the_verb(
-    json: Annotated[
-        bool,
-        # Eager, so that --version already knows.
-        typer.Option("--json", is_eager=True, callback=want_json, help="One JSON object."),
-    ] = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=print_version, help="The version, and exit.")
-    ] = False,
-) -> None:
-    output.want(json, quiet, verbose)
-
-
-@verb(corpus_app, "build")
-def corpus_build(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME] [scale=quick|full]", help="A corpus we know: os_kernel."),
-    ] = None,
-    sources: Annotated[
-        list[str] | None, typer.Option("--from", help="Your own file or folder; repeatable.")
-    ] = None,
-    scale: Annotated[str | None, typer.Option(help="quick (default) or full.")] = None,
-    output: OutputFolder = None,
-    workers: Workers = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling of the mixture.")] = 1,
-) -> Any:
-    """Make a corpus: sources, cleaned and deduplicated."""
-    plain, settings = settings_of(words or [], ["scale"])
-    paths = [*(sources or []), *(word for word in plain if sources and Path(word).exists())]
-    names = [word for word in plain if word not in paths]
-    if len(names) > 1:
-        raise ConfigError(f"One corpus at a time, not {len(names)}: {', '.join(names)}.")
-    return api.build_corpus(
-        names[0] if names else None,
-        sources=paths,
-        scale=scale or settings.get("scale", "quick"),
-        output=output,
-        workers=workers,
-        seed=seed,
-    )
-
-
-@verb(tokens_app, "build")
-def tokens_build(
-    corpus: Annotated[str, typer.Argument(help="Corpus folder, or its name in data/corpus.")],
-    vocab_size: Annotated[int | None, typer.Option(min=2, help="Entries; default 4096.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Use this one: folder, hub id, or SentencePiece .model.")
-    ] = None,
-    output: OutputFolder = None,
-    workers: Workers = None,
-) -> Any:
-    """Make a tokenizer and the train, val and test shards of a corpus."""
-    return api.build_tokens(
-        corpus, output=output, vocab_size=vocab_size, tokenizer=tokenizer, workers=workers
-    )
-
-
-@verb(conversations_app, "build")
-def conversations_build(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME_OR_PATH",
-            help="slimorca, openorca, a corpus with conversations, or your own file or folder.",
-        ),
-    ],
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Folder, tokenizer.json or SentencePiece .model; or $LLAMA_TOKENIZER."),
-    ] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Longest example, in input tokens.")] = 512,
-    subset_size: Annotated[
-        int | None, typer.Option(min=1, help="So many records of the whole; default: all.")
-    ] = None,
-    test_ratio: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the prompts held out.")
-    ] = 0.05,
-    template: Annotated[
-        str, typer.Option(help="plain ([SYSTEM], [USER], [ASSISTANT]), or chat: the tokenizer's.")
-    ] = "plain",
-    system_message: Annotated[
-        str | None, typer.Option(help='Where a conversation has none; "": nothing then.')
-    ] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(min=2, help="Entries the tokenizer has to have.")
-    ] = None,
-    data_dir: Annotated[
-        str | None, typer.Option(help="Where files are, or are fetched to; default data/NAME.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the subset and the split.")] = 0,
-    output: OutputFolder = None,
-    workers: Workers = None,
-) -> Any:
-    """Tokenize instruction data once, with labels on the answers, and check it."""
-    options = {
-        "seq_len": seq_len,
-        "subset_size": subset_size,
-        "test_ratio": test_ratio,
-        "template": template,
-        "vocab_size": vocab_size,
-        "data_dir": data_dir,
-        "seed": seed,
-    }
-    if system_message is not None:
-        options["system_message"] = system_message
-    return api.build_conversations(
-        name, tokenizer=tokenizer, output=output, workers=workers, **options
-    )
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """What was said; the rest is left to the function's own defaults."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-@verb(puzzles_build_app, "sudoku")
-def puzzles_build_sudoku(
-    source: Source = None,
-    generate: Generate = None,
-    test: GenerateTest = None,
-    size: Annotated[int, typer.Option(help="Of generated ones: 4, 6 or 9.")] = 9,
-    subsample_size: Subsample = None,
-    min_difficulty: Annotated[
-        int | None, typer.Option(metavar="N", help="Leave out what is rated lower.")
-    ] = None,
-    num_aug: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Augmentations of each training puzzle.")
-    ] = 0,
-    output: OutputFolder = None,
-    seed: PuzzleSeed = 0,
-    workers: Workers = None,
-) -> Any:
-    """Sudokus, from sapientinc/sudoku-extreme unless you say otherwise."""
-    return api.build_sudoku(
-        output,
-        **given(source=source, generate=generate, generate_test=test),
-        size=size,
-        subsample_size=subsample_size,
-        min_difficulty=min_difficulty,
-        num_aug=num_aug,
-        seed=seed,
-        workers=workers,
-    )
-
-
-@verb(puzzles_build_app, "maze")
-def puzzles_build_maze(
-    source: Source = None,
-    generate: Generate = None,
-    test: GenerateTest = None,
-    size: Annotated[int, typer.Option(help="Of generated ones: 4 to 30.")] = 30,
-    subsample_size: Subsample = None,
-    aug: Annotated[bool, typer.Option("--aug", help="All eight symmetries in training.")] = False,
-    output: OutputFolder = None,
-    seed: PuzzleSeed = 0,
-    workers: Workers = None,
-) -> Any:
-    """Mazes, from sapientinc/maze-30x30-hard-1k unless you say otherwise."""
-    return api.build_maze(
-        output,
-        **given(source=source, generate=generate, generate_test=test),
-        size=size,
-        subsample_size=subsample_size,
-        aug=aug,
-        seed=seed,
-        workers=workers,
-    )
-
-
-@verb(puzzles_build_app, "arc")
-def puzzles_build_arc(
-    input_file_prefix: Annotated[
-        str, typer.Option(help="PREFIX_SUBSET_challenges.json, PREFIX_SUBSET_solutions.json.")
-    ],
-    subsets: Annotated[
-        list[str] | None,
-        typer.Option(help="training evaluation concept; several names, or repeated."),
-    ] = None,
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    test_set_name: Annotated[
-        str, typer.Option(help="The subset whose test pairs are held out.")
-    ] = "evaluation",
-    num_aug: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Augmentations of each task.")
-    ] = 1000,
-    output: OutputFolder = None,
-    seed: PuzzleSeed = 42,
-    workers: Workers = None,
-) -> Any:
-    """ARC tasks, from the combined files of the competition."""
-    if more and not subsets:
-        raise ConfigError(f"What is {more[0]}? Subsets are named after --subsets.")
-    return api.build_arc(
-        output,
-        input_file_prefix=input_file_prefix,
-        **given(subsets=[*(subsets or []), *(more or [])] or None),
-        test_set_name=test_set_name,
-        num_aug=num_aug,
-        seed=seed,
-        workers=workers,
-    )
+__all__ = ["app", "cli_data", "main"]
 
 
 @verb(app, "quickstart", overrides=True)
@@ -724,19 +329,6 @@ def read_messages() -> Iterator[str]:
         if not line.strip():
             return
         yield line
-
-
-def fill_resume(arguments: Sequence[str]) -> list[str]:
-    """Give a bare ``--resume`` the value it stands for; the parser knows no optional values."""
-    filled = []
-    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
-        bare = following.startswith("-") or ("=" in following and not Path(following).exists())
-        if word == "--resume" and not bare:
-            from thimble.config.load import recipe_names
-
-            bare = following in recipe_names()
-        filled.append("--resume=auto" if word == "--resume" and bare else word)
-    return filled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

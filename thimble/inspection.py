@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from thimble.artifacts import MANIFEST, damaged_files, read_json
+from thimble.artifacts import MANIFEST, damaged_files, read_json, sha256_file
 from thimble.config.load import CONFIG_FILE, load_run
 from thimble.errors import DataError
+
+LEDGER = "sweep.json"
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -18,16 +20,35 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise DataError(f"There is nothing at {path}.")
+    beside = path.with_name(f"{path.name}.json")
+    if path.is_file() and beside.is_file():
+        return _exported(path, beside)
     if path.is_file():
         path = path.parent
     if (path / MANIFEST).is_file():
         return _artefact(path)
     if (path / CONFIG_FILE).is_file():
         return _run(path)
+    if (path / LEDGER).is_file():
+        return read_json(path / LEDGER)
     raise DataError(
         f"{path} is none of ours: it has neither a {MANIFEST} (corpus, tokens, checkpoint) "
-        f"nor a {CONFIG_FILE} (run)."
+        f"nor a {CONFIG_FILE} (run) nor a {LEDGER} (sweep)."
     )
+
+
+def _exported(path: Path, manifest: Path) -> dict[str, Any]:
+    """A file for another program, by the manifest beside it."""
+    found = read_json(manifest)
+    if not isinstance(found, dict) or found.get("kind") != "deployment":
+        raise DataError(f"{manifest} does not describe {path.name}: it is no manifest of ours.")
+    whole = sha256_file(path) == found["file"]["sha256"]
+    return {
+        "kind": f"exported model, {found['type']}",
+        "path": str(path),
+        "state": "complete, as it was written" if whole else "damaged: its sha256 is another",
+        **{key: value for key, value in found.items() if key not in ("kind", "format", "type")},
+    }
 
 
 def _artefact(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 import thimble
 from tests.helpers_cli import SMALL, Command, make_corpus
 from thimble import api
+from thimble.artifacts import sha256_file
 from thimble.config.load import load, load_run
 from thimble.errors import ConfigError, DataError
 
@@ -218,3 +219,21 @@ def test_files_of_ones_own_become_a_corpus(
     assert api.inspect("data/corpus/mine")["counts"]["documents"] > 0
     answer = thimble_command("corpus", "build", "--from", "missing.txt", "--json")
     assert answer.status == json.loads(answer.out)["status"] != 0
+
+
+def test_an_exported_file_and_a_sweep_are_described(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    facts = {"name": file.name, "bytes": 7, "sha256": sha256_file(file)}
+    described = {"kind": "deployment", "type": "F16", "file": facts}
+    (tmp_path / "model.gguf.json").write_text(json.dumps(described))
+    said = api.inspect(file)
+    assert said["kind"] == "exported model, F16"
+    assert said["state"].startswith("complete")
+    file.write_bytes(b"other weights")
+    assert api.inspect(file)["state"].startswith("damaged")
+    (tmp_path / "model.gguf.json").write_text("{}")
+    with pytest.raises(DataError, match="no manifest of ours"):
+        api.inspect(file)
+    (tmp_path / "sweep.json").write_text(json.dumps({"kind": "sweep", "runs": []}))
+    assert api.inspect(tmp_path)["kind"] == "sweep"

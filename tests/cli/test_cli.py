@@ -14,8 +14,9 @@ import pytest
 
 import thimble
 from tests.helpers_cli import Command
-from thimble import api, cli, errors
+from thimble import api, errors
 from thimble.config.load import load, recipe_names
+from thimble.words import fill_resume
 
 
 @pytest.fixture
@@ -505,5 +506,5 @@ def test_the_shell_completes_verbs_recipes_keys_and_choices(line: str, expected:
 
 
 def test_fill_resume_leaves_everything_else_alone() -> None:
-    words = ["train", "slm_nano", "--resumes", "x", "--prompt", "--resume=here"]
-    assert cli.fill_resume(words) == words
+    given = ["train", "slm_nano", "--resumes", "x", "--prompt", "--resume=here"]
+    assert fill_resume(given) == given

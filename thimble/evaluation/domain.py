@@ -97,7 +97,7 @@ def _make(directory: Path, test: TokenSplit, val: TokenSplit) -> dict[str, Any]:
                     facts[fact.key] = (split, fact)
     if not facts:
         raise DataError(f"{corpus} has no held-out questions that the benchmark could be made of.")
-    text = "\n".join(training)
+    text = "\n".join(training).encode()  # bytes are searched twice as fast as characters
     items: list[Item] = []
     skills: dict[str, dict[str, int]] = {}
     with progress("benchmark: searching the training text", None, "facts") as advance:
@@ -108,7 +108,7 @@ def _make(directory: Path, test: TokenSplit, val: TokenSplit) -> dict[str, Any]:
             for split, fact in mine:
                 if len(unseen) == POOL:
                     break
-                if fact.proof in text:
+                if fact.proof.encode() in text:
                     known += 1
                 else:
                     unseen.append((split, fact))
@@ -124,7 +124,7 @@ def _make(directory: Path, test: TokenSplit, val: TokenSplit) -> dict[str, Any]:
             }
     return {
         "corpus": corpus.name,
-        "training_text": len(text),
+        "training_bytes": len(text),
         "skills": skills,
         "items": [asdict(item) for item in items],
     }

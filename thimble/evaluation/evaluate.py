@@ -113,11 +113,12 @@ def evaluate(
         harness.check()
     directory = checkpoint.resolve(path)
     model, data, config, notes = open_checkpoint(directory, split, tokens, device)
+    # First, as their data may not be there.
+    measured = harness.run(directory, tasks, limit, model.device) if tasks else None
     length = config.training.sequence_length if config else model.config.max_position_embeddings
     figures = evaluate_model(model.scores, model, data, length)
     generated, real, samples = _texts(model, data, config)
     benchmark = _benchmark(model, data, notes)
-    measured = harness.run(directory, tasks, limit, model.device) if tasks else None
     pace = speed.measure(model)
     if not tasks or MMLU not in (measured or {}):
         notes.append("MMLU was not measured and counts 0 in the score: --tasks mmlu")

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from thimble.console import unlogged
 from thimble.errors import ConfigError, EnvironmentProblem
 
 
 def check() -> None:
     """Raise EnvironmentProblem when the harness is not installed."""
     try:
-        import lm_eval  # noqa: F401
+        with unlogged():
+            import lm_eval  # noqa: F401
     except ImportError as error:
         raise EnvironmentProblem(
             "--tasks needs lm-evaluation-harness. Install it with:\n"
@@ -47,16 +49,17 @@ def run(
             f"lm-evaluation-harness has no task {unknown[0]}. All it has: lm-eval ls tasks"
         )
     try:
-        found = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(directory), "dtype": "float32"},
-            tasks=names,
-            limit=limit,
-            device=str(device),
-            task_manager=manager,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        with unlogged():
+            found = lm_eval.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(directory), "dtype": "float32"},
+                tasks=names,
+                limit=limit,
+                device=str(device),
+                task_manager=manager,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
     except (OSError, ConnectionError) as error:
         raise EnvironmentProblem(
             f"The data of {', '.join(names)} could not be had: {error}. They come from the hub "

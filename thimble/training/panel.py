@@ -110,8 +110,8 @@ class Panel:
         """Seconds to the last step, from the whole session's pace (evaluations included)."""
         step, first = self.train.get("step", 0), self.first_step
         if first is None or step <= first:
-            rate = self.train.get("seconds_per_step", 0.0)
-            return rate * (self.total - step)
+            # The first record of a session: what all its steps have taken so far.
+            return self.train.get("seconds", 0.0) / max(step, 1) * (self.total - step)
         return (time.monotonic() - self.started) / (step - first) * (self.total - step)
 
     def __rich__(self) -> Any:
