@@ -151,6 +151,37 @@ def test_text_figures_tell_loops_from_text(run: Path) -> None:
 # ------------------------------------------------------------------------------------ bad input
 
 
+def test_a_folder_that_is_no_checkpoint_is_called_so(run: Path) -> None:
+    with pytest.raises(DataError, match="not a checkpoint"):
+        api.evaluate(run.parent, device="cpu")
+    with pytest.raises(DataError, match="no checkpoint at"):
+        api.evaluate(run / "config.yaml", device="cpu")
+
+
+def test_weights_that_are_not_numbers_are_refused(run: Path, quick: None) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = best(run) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="not a number"):
+        api.evaluate(run, device="cpu")
+
+
+def test_a_report_that_cannot_be_written_is_shown(
+    run: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, value: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(module.artifacts, "write_json", refuse)
+    result = api.evaluate(run, device="cpu")
+    assert isinstance(result, Evaluation)
+    assert any("could not be written: Permission denied" in note for note in result.notes)
+    assert result.to_dict()["figures"]["loss"] > 0
+
+
 def test_a_split_that_was_trained_on_is_refused(run: Path) -> None:
     with pytest.raises(ConfigError, match="held-out"):
         api.evaluate(run, split="train")
@@ -242,6 +273,8 @@ def test_a_local_task_of_the_harness(
     }
     with pytest.raises(ConfigError, match="no task nonsense"):
         api.evaluate(run, tasks=["nonsense"], device="cpu")
+    with pytest.raises(ConfigError, match="tag of several"):
+        api.evaluate(run, tasks=["ai2_arc"], device="cpu")
     with pytest.raises(ConfigError, match="no task file"):
         api.evaluate(run, tasks=[str(tmp_path / "gone.yaml")], device="cpu")
 

@@ -82,7 +82,9 @@ def _fit(place: dict[str, Any]) -> str:
 def _time(hours: float) -> str:
     if hours >= 1:
         return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
-    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
+    if hours >= 1 / 30:
+        return f"{60 * hours:.0f} min"
+    return f"{3600 * hours:.0f} s" if hours >= 1 / 3600 else "under 1 s"
 
 
 def _range(low: str, high: str) -> str:
