@@ -224,6 +224,18 @@ def test_another_vocabulary_is_refused(run: Path, tmp_path: Path) -> None:
         api.evaluate(run, tokens=other, device="cpu")
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_a_single_one_is_ranked(
+    run: Path, quick: None
+) -> None:
+    damaged = next(path for path in (run / "checkpoints").glob("step-*") if path != best(run))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    selection = api.evaluate(run, every=True, device="cpu")
+    assert isinstance(selection, Selection)
+    assert [Path(row["checkpoint"]) for row in selection.ranking] == [best(run).resolve()]
+    assert (run / "best_checkpoint_selection.json").is_file()
+
+
 def test_a_run_without_checkpoints_and_nothing_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no checkpoints"):
         api.evaluate(tmp_path, every=True)

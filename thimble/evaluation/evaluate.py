@@ -205,11 +205,18 @@ def select(paths: Sequence[str | Path], **options: Any) -> Selection:
 
 
 def all_checkpoints(run: str | Path) -> list[Path]:
-    """Every checkpoint of a run, oldest first; DataError when it has none."""
+    """Every whole checkpoint of a run, oldest first; DataError when it has none."""
     found = [path for _, path in checkpoint.steps(Path(run) / "checkpoints")]
-    if not found:
-        raise DataError(f"{run} has no checkpoints; give a run's folder.")
-    return found
+    whole = []
+    for path in found:
+        if problems := checkpoint.problems(path):
+            log.warning("%s is not usable and is passed over: %s", path, "; ".join(problems))
+        else:
+            whole.append(path)
+    if not whole:
+        what = f"{len(found)} damaged checkpoints and no whole one" if found else "no checkpoints"
+        raise DataError(f"{run} has {what}; give a run's folder.")
+    return whole
 
 
 def open_checkpoint(
