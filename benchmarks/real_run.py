@@ -141,7 +141,8 @@ def main() -> None:
     kept = ", ".join(f"{name} {version}" for name, version in versions(
         "torch", "transformers", "llama-cpp-python", "gguf", "onnxruntime", "neural-compressor-pt"
     ).items())  # fmt: skip
-    words = " ".join([arguments.recipe, *arguments.overrides])
+    taken = ["--run", str(arguments.run)] if arguments.run else []
+    words = " ".join([arguments.recipe, *arguments.overrides, *taken])
     text = [
         f"# {arguments.recipe}",
         f"{time.strftime('%Y-%m-%d', time.gmtime(started))}, {describe(device)}, "
@@ -181,7 +182,7 @@ def gguf_table(files: dict[str, dict[str, Any]]) -> str:
         "same argmax",
         "same greedy tokens",
         "KL, nats",
-        "perplexity",
+        f"perplexity of {files['F16']['checks']['logits']['tokens']:,} tokens",
         "tokens/s",
     ]
     return table(head, rows)

@@ -300,7 +300,7 @@ def evaluate(
     if not chosen:
         raise ConfigError("Which checkpoint? For example:\n  thimble evaluate runs/slm_nano/...")
     options: dict[str, Any] = {"split": split, "tokens": tokens, "tasks": tasks, "limit": limit}
-    several = len(chosen) > 1
+    several = every or len(chosen) > 1
     return (
         select(chosen, device=device, **options)
         if several

@@ -190,7 +190,7 @@ def _usage_problem(error: typer.TyperException, arguments: Sequence[str]) -> str
     """A usage error of the parser, with the nearest right command line."""
     context: Any = getattr(error, "ctx", None)
     path = getattr(context, "command_path", "thimble")
-    if option := getattr(error, "option_name", None):
+    if context is not None and (option := getattr(error, "option_name", None)):
         message, wrong = f"{path} has no option {option}.", str(option)
         names = {name for parameter in context.command.params for name in parameter.opts}
         choices = sorted(name for name in names if name.startswith("-"))

@@ -508,3 +508,10 @@ def test_the_shell_completes_verbs_recipes_keys_and_choices(line: str, expected:
 def test_fill_resume_leaves_everything_else_alone() -> None:
     given = ["train", "slm_nano", "--resumes", "x", "--prompt", "--resume=here"]
     assert fill_resume(given) == given
+
+
+def test_an_option_without_its_value_is_a_usage_error(thimble_command: Command) -> None:
+    answer = thimble_command("evaluate", "x", "--tasks")
+    assert answer.status == 2
+    assert "--tasks" in answer.err
+    assert "Traceback" not in answer.err

@@ -98,6 +98,14 @@ def test_text_without_such_questions_has_no_benchmark(tmp_path: Path) -> None:
         domain.benchmark(directory)
 
 
+def test_too_few_facts_for_wrong_answers_are_no_benchmark(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(domain, "CHOICES", 1000)
+    with pytest.raises(DataError, match=r"holds out \d+ such facts: too few"):
+        domain.benchmark(made)
+
+
 class Oracle:
     """A model whose likelihood of a text is set by the last tokens of its targets."""
 

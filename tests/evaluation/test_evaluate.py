@@ -151,6 +151,37 @@ def test_text_figures_tell_loops_from_text(run: Path) -> None:
 # ------------------------------------------------------------------------------------ bad input
 
 
+def test_a_folder_that_is_no_checkpoint_is_called_so(run: Path) -> None:
+    with pytest.raises(DataError, match="not a checkpoint"):
+        api.evaluate(run.parent, device="cpu")
+    with pytest.raises(DataError, match="no checkpoint at"):
+        api.evaluate(run / "config.yaml", device="cpu")
+
+
+def test_weights_that_are_not_numbers_are_refused(run: Path, quick: None) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = best(run) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="not a number"):
+        api.evaluate(run, device="cpu")
+
+
+def test_a_report_that_cannot_be_written_is_shown(
+    run: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, value: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(module.artifacts, "write_json", refuse)
+    result = api.evaluate(run, device="cpu")
+    assert isinstance(result, Evaluation)
+    assert any("could not be written: Permission denied" in note for note in result.notes)
+    assert result.to_dict()["figures"]["loss"] > 0
+
+
 def test_a_split_that_was_trained_on_is_refused(run: Path) -> None:
     with pytest.raises(ConfigError, match="held-out"):
         api.evaluate(run, split="train")
@@ -191,6 +222,18 @@ def test_another_vocabulary_is_refused(run: Path, tmp_path: Path) -> None:
     other = making.build(corpus, output=tmp_path / "other", vocab_size=280, workers=1)
     with pytest.raises(DataError, match="280"):
         api.evaluate(run, tokens=other, device="cpu")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_a_single_one_is_ranked(
+    run: Path, quick: None
+) -> None:
+    damaged = next(path for path in (run / "checkpoints").glob("step-*") if path != best(run))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    selection = api.evaluate(run, every=True, device="cpu")
+    assert isinstance(selection, Selection)
+    assert [Path(row["checkpoint"]) for row in selection.ranking] == [best(run).resolve()]
+    assert (run / "best_checkpoint_selection.json").is_file()
 
 
 def test_a_run_without_checkpoints_and_nothing_at_all(tmp_path: Path) -> None:
@@ -242,6 +285,8 @@ def test_a_local_task_of_the_harness(
     }
     with pytest.raises(ConfigError, match="no task nonsense"):
         api.evaluate(run, tasks=["nonsense"], device="cpu")
+    with pytest.raises(ConfigError, match="tag of several"):
+        api.evaluate(run, tasks=["ai2_arc"], device="cpu")
     with pytest.raises(ConfigError, match="no task file"):
         api.evaluate(run, tasks=[str(tmp_path / "gone.yaml")], device="cpu")
 

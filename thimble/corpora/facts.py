@@ -88,7 +88,8 @@ def _binding(text: str, kind: str, _: str) -> Fact | None:
         return None
     name = found["name"]
     prompt = _ask(f'Which binding documents "{name}"?', " The one for:")
-    return Fact(DRIVER, f"{kind}:{name}", kind, prompt, f" {found['title']}.", f'"{name}"')
+    # Without the quotes: in the binding itself, a YAML file, the name stands bare.
+    return Fact(DRIVER, f"{kind}:{name}", kind, prompt, f" {found['title']}.", name)
 
 
 MATCHED = [
@@ -104,7 +105,7 @@ def _driver(text: str, kind: str, name: str) -> Fact | None:
         return None
     prompt = _ask(f'Where is the driver for the compatible string "{name}"?', " In")
     answer = f" {found['path']} of the Linux source."
-    return Fact(DRIVER, f"{kind}:{name}", kind, prompt, answer, f'"{name}"')
+    return Fact(DRIVER, f"{kind}:{name}", kind, prompt, answer, name)
 
 
 PAGE = [

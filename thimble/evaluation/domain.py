@@ -30,7 +30,7 @@ from thimble.errors import DataError
 from thimble.generation.model import Model
 from thimble.tokens.shards import TokenSplit, corpus_of
 
-FORMAT = 1
+FORMAT = 2
 FILE = "benchmark.json"
 ITEMS = 100  # of each skill
 POOL = 200  # unseen facts of each skill, whose answers are offered
@@ -56,8 +56,8 @@ def benchmark(tokens: str | Path) -> dict[str, Any]:
 
     Returns ``items`` (as ``Item``) and for each skill in ``skills`` how many ``facts`` are held
     out, how many were looked for and found ``in_training_text``, and how many ``items`` were made.
-    Raises
-    DataError when the corpus is not there, is another one, or has no such questions.
+    Raises DataError when the corpus is not there, is another one, has no such questions, or too few
+    whose words the training text does not have.
     """
     test, val = TokenSplit(tokens, "test"), TokenSplit(tokens, "val")
     directory = test.directory
@@ -70,6 +70,12 @@ def benchmark(tokens: str | Path) -> dict[str, Any]:
             artifacts.write_json(path, kept)
         except OSError as error:  # tokens may be shared and read-only; then it is made each time
             log.warning("The benchmark could not be kept: %s", error)
+    if not kept["items"]:
+        held_out = sum(skill["facts"] for skill in kept["skills"].values())
+        raise DataError(
+            f"{kept['corpus']} holds out {held_out} such facts: too few that the training text "
+            "does not have and that have wrong answers of their form."
+        )
     return {**kept, "items": [Item(**item) for item in kept["items"]]}
 
 

@@ -8,6 +8,7 @@ speed, the operating-system benchmark, tasks of lm-evaluation-harness -> one wei
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from thimble.evaluation import domain, speed
 from thimble.evaluation.perplexity import evaluate_model, held_out
 from thimble.evaluation.samples import held_out_samples, known_words, text_figures
 from thimble.generation.model import Model, load
+from thimble.models import interop
 from thimble.tokens.shards import TokenSplit, check_tokenizer
 from thimble.training import checkpoint
 
@@ -117,6 +119,11 @@ def evaluate(
     measured = harness.run(directory, tasks, limit, model.device) if tasks else None
     length = config.training.sequence_length if config else model.config.max_position_embeddings
     figures = evaluate_model(model.scores, model, data, length)
+    if math.isnan(figures["loss"]):
+        raise DataError(
+            f"The loss of {directory} on the {split} split is not a number: its weights are "
+            "damaged. Evaluate an earlier checkpoint."
+        )
     generated, real, samples = _texts(model, data, config)
     benchmark = _benchmark(model, data, notes)
     pace = speed.measure(model)
@@ -146,7 +153,10 @@ def evaluate(
         notes=notes,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-    artifacts.write_json(directory / REPORT, result.to_dict())
+    try:
+        artifacts.write_json(directory / REPORT, result.to_dict())
+    except OSError as error:  # what was measured in minutes is shown all the same
+        notes.append(f"{directory / REPORT} could not be written: {error.strerror}.")
     return result
 
 
@@ -195,11 +205,18 @@ def select(paths: Sequence[str | Path], **options: Any) -> Selection:
 
 
 def all_checkpoints(run: str | Path) -> list[Path]:
-    """Every checkpoint of a run, oldest first; DataError when it has none."""
+    """Every whole checkpoint of a run, oldest first; DataError when it has none."""
     found = [path for _, path in checkpoint.steps(Path(run) / "checkpoints")]
-    if not found:
-        raise DataError(f"{run} has no checkpoints; give a run's folder.")
-    return found
+    whole = []
+    for path in found:
+        if problems := checkpoint.problems(path):
+            log.warning("%s is not usable and is passed over: %s", path, "; ".join(problems))
+        else:
+            whole.append(path)
+    if not whole:
+        what = f"{len(found)} damaged checkpoints and no whole one" if found else "no checkpoints"
+        raise DataError(f"{run} has {what}; give a run's folder.")
+    return whole
 
 
 def open_checkpoint(
@@ -209,6 +226,7 @@ def open_checkpoint(
 
     Notes say what cannot be known of tokens that were named by hand.
     """
+    interop.read_config(directory)  # is it a checkpoint at all
     config = load_run(directory) if (directory / CONFIG_FILE).is_file() else None
     notes: list[str] = []
     if config and tokens is None:
@@ -261,8 +279,8 @@ def _benchmark(model: Model, data: TokenSplit, notes: list[str]) -> dict[str, An
            if row["items"] < domain.ITEMS]  # fmt: skip
     if few:
         notes.append(
-            f"The corpus holds out fewer than {domain.ITEMS} facts for: {', '.join(few)}. A larger "
-            "one (scale=full) has more."
+            f"Fewer than {domain.ITEMS} held-out facts that the training text does not have: "
+            f"{', '.join(few)}. A larger corpus (scale=full) has more."
         )
     return domain.score(model, made)
 

@@ -48,6 +48,12 @@ def run(
         raise ConfigError(
             f"lm-evaluation-harness has no task {unknown[0]}. All it has: lm-eval ls tasks"
         )
+    tags = [name for name in names if name in manager.all_tags]
+    if tags:
+        raise ConfigError(
+            f"{tags[0]} is a tag of several tasks, which have no figure together. Name the tasks "
+            "themselves: lm-eval ls tasks"
+        )
     try:
         with unlogged():
             found = lm_eval.simple_evaluate(

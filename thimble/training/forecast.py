@@ -166,7 +166,7 @@ def _affine(
     lines: dict[bool, tuple[float, float]] = {}
     batch = config.training.micro_batch_size * config.training.gradient_accumulation_steps
     large = min(batch, 4)
-    beside = known.other / config.training.micro_batch_size if known else 0.0
+    beside = known.other if known else 0  # less at smaller ones, by how much is not known
 
     def memory(micro: int, again: bool) -> float:
         if again not in lines:
@@ -175,7 +175,7 @@ def _affine(
                 for n in (1, large)
             ]
             slope = (at[1].total - at[0].total) / max(large - 1, 1)
-            lines[again] = (at[0].total - slope, slope + beside)
+            lines[again] = (at[0].total - slope + beside, slope)
         start, slope = lines[again]
         return start + slope * micro
 

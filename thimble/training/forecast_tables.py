@@ -11,6 +11,8 @@ from rich.text import Text
 from thimble.config.describe import as_override
 from thimble.console import log
 
+LAUNCH_BOUND = 0.005  # seconds; some hundred kernels of a step take about that to be launched
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -58,13 +60,16 @@ def render(result: Forecast, console: Console) -> None:
         for gpu in result.gpus
     ]
     console.print(_table(["machine", "memory", "micro-batch x passes", "time", "cost"], places))
-    console.print(
-        Text(
-            "The times of GPUs are a range over the published utilizations of small models, not "
-            f"measured; prices of {result.prices_of}.",
-            "dim",
-        )
+    words = (
+        "The times of GPUs are a range over the published utilizations of small models, not "
+        f"measured; prices of {result.prices_of}."
     )
+    if any(3600 * gpu["hours"][0] / plan.steps < LAUNCH_BOUND for gpu in result.gpus):
+        words += (
+            " Steps that short are bound by launching kernels, not by computing: a model this "
+            "narrow takes longer there."
+        )
+    console.print(Text(words, "dim"))
     if result.proposal:
         words = " ".join(f"{key}={as_override(value)}" for key, value in result.proposal.items())
         console.print(Text(f"What fits here: {words}", "bold"))
@@ -82,7 +87,9 @@ def _fit(place: dict[str, Any]) -> str:
 def _time(hours: float) -> str:
     if hours >= 1:
         return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
-    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
+    if hours >= 1 / 30:
+        return f"{60 * hours:.0f} min"
+    return f"{3600 * hours:.0f} s" if hours >= 1 / 3600 else "under 1 s"
 
 
 def _range(low: str, high: str) -> str:
