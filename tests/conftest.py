@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +13,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 for name in ("DISABLE_COMPILE", "LLAMA_TOKENIZER", "THIMBLE_HOME", "COLUMNS", "PYTHONUNBUFFERED"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """The command sets up the log for its process; the next test finds it as it was."""
+    log = logging.getLogger("thimble")
+    before = (log.handlers[:], log.propagate, log.level)
+    yield
+    log.handlers[:], log.propagate = before[0], before[1]
+    log.setLevel(before[2])
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from thimble.api import accept, build_corpus, build_tokens, load, plan, train
+    from thimble.api import (
+        accept,
+        build_conversations,
+        build_corpus,
+        build_tokens,
+        evaluate,
+        export_gguf,
+        export_onnx,
+        load,
+        plan,
+        quantize,
+        train,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["accept", "build_corpus", "build_tokens", "load", "plan", "train"]
+__all__ = [
+    "accept",
+    "build_conversations",
+    "build_corpus",
+    "build_tokens",
+    "evaluate",
+    "export_gguf",
+    "export_onnx",
+    "load",
+    "plan",
+    "quantize",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
