@@ -36,7 +36,9 @@ def write_corpus(directory: Path, packages: int = 400, planted: int = 60) -> Pat
             rows.append((f"q{i}.{j}", question.text(), "qa", question.group))
     for i in range(planted):
         # Too large a share of the corpus to be held out whole, and one group: trained on.
-        rows.append((f"t{i}", f"Elsewhere it says: {about(i)}. " * 8, "text", "one"))
+        # In another case, and broken into lines as text is.
+        said = about(i).capitalize().replace(" ", "\n  ", 1)
+        rows.append((f"t{i}", f"Elsewhere it says: {said}. " * 8, "text", "one"))
     names = ("id", "text", "category", "group")
     table = pa.table({name: [row[n] for row in rows] for n, name in enumerate(names)})
     for name in ("source", "licence"):
@@ -61,7 +63,7 @@ def training_text(directory: Path) -> str:
 
 def test_no_item_is_in_the_training_text(made: Path) -> None:
     found = domain.benchmark(made)
-    text = training_text(made)
+    text = " ".join(training_text(made).lower().split())
     assert found["items"]
     for item in found["items"]:
         described = item.prompt.split("described as: ")[1].split("?\n")[0]

@@ -2,8 +2,8 @@
 
 An item asks for a held-out fact: a device, a binding, a command or a package of which no training
 document was made. That alone proves little, since the same words may stand in another document; so
-a fact whose defining words occur anywhere in the training text, letter for letter, is left out, and
-how many were is part of the result. The test split comes first; where it has too few facts, the
+a fact whose defining words occur anywhere in the training text, in whatever case and however broken
+into lines, is left out, and how many were is part of the result. The test split comes first; where it has too few facts, the
 validation split, which was not trained on either, fills up.
 
 Each item offers four answers of one form. The wrong ones are the answers of other held-out facts,
@@ -29,8 +29,9 @@ from thimble.corpora.facts import SKILLS, Fact, fact_of
 from thimble.errors import DataError
 from thimble.generation.model import Model
 from thimble.tokens.shards import TokenSplit, corpus_of
+from thimble.tokens.splits import normalized
 
-FORMAT = 2
+FORMAT = 3
 FILE = "benchmark.json"
 ITEMS = 100  # of each skill
 POOL = 200  # unseen facts of each skill, whose answers are offered
@@ -96,7 +97,7 @@ def _make(directory: Path, test: TokenSplit, val: TokenSplit) -> dict[str, Any]:
         for document in _documents(corpus, advance):
             split = split_of.get(document["id"])
             if split is None:
-                training.append(document["text"])
+                training.append(normalized(document["text"]))
             elif document["category"] == QUESTIONS:
                 fact = fact_of(document["text"], document["group"])
                 if fact and facts.get(fact.key, ("val",))[0] == "val":
@@ -114,7 +115,7 @@ def _make(directory: Path, test: TokenSplit, val: TokenSplit) -> dict[str, Any]:
             for split, fact in mine:
                 if len(unseen) == POOL:
                     break
-                if fact.proof.encode() in text:
+                if normalized(fact.proof).encode() in text:
                     known += 1
                 else:
                     unseen.append((split, fact))

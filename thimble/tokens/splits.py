@@ -26,9 +26,13 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def text_hash(text: str) -> int:
+def normalized(text: str) -> str:
     """Equal for texts that are equal up to case and whitespace."""
-    return hash64(" ".join(text.lower().split()))
+    return " ".join(text.lower().split())
+
+
+def text_hash(text: str) -> int:
+    return hash64(normalized(text))
 
 
 @dataclass
