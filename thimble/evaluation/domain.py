@@ -3,8 +3,8 @@
 An item asks for a held-out fact: a device, a binding, a command or a package of which no training
 document was made. That alone proves little, since the same words may stand in another document; so
 a fact whose defining words occur anywhere in the training text, in whatever case and however broken
-into lines, is left out, and how many were is part of the result. The test split comes first; where it has too few facts, the
-validation split, which was not trained on either, fills up.
+into lines, is left out, and how many were is part of the result. The test split comes first; where
+it has too few facts, the validation split, which was not trained on either, fills up.
 
 Each item offers four answers of one form. The wrong ones are the answers of other held-out facts,
 so the right one is not the only one the model has never read. The model chooses the answer with the
