@@ -28,9 +28,10 @@ from thimble.conversations.records import Conversation, parse
 from thimble.conversations.template import Template, encode, fit, special_id, template_of
 from thimble.corpora.local import REFUSED_SHARE, Refusals, UserFile
 from thimble.errors import ConfigError, DataError
-from thimble.tokens import pipeline, shards, splits
+from thimble.tokens import shards, splits
 from thimble.tokens.loader import permute
 from thimble.tokens.tokenizer import Tokenizer, load_tokenizer
+from thimble.workers import in_order, process_pool
 
 COUNTED = (
     *("examples", "tokens", "labelled_tokens", "refused", "not_trained", "left_out"),
@@ -181,11 +182,11 @@ def write(
             stack.enter_context(open(out / f"{name}.bin", "wb"))
             for name in ("ids", "labels", "examples")
         ]
-        pool: Any = stack.enter_context(pipeline._pool(count))
+        pool: Any = stack.enter_context(process_pool(count))
         _loaded[out, tokenizer.fingerprint] = tokenizer, template  # of this process
         stack.callback(_loaded.clear)
         advance = stack.enter_context(progress("tokenize", total, "records"))
-        for number, passed, done in pipeline._in_order(pool, _encode, tasks()):
+        for number, passed, done in in_order(pool, _encode, tasks()):
             done.examples["start"] += counts["tokens"]
             for file, array in zip(files, done[:3], strict=True):
                 file.write(array.tobytes())

@@ -12,12 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +21,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from thimble import artifacts
+from thimble import workers as parallel
 from thimble.console import log
-from thimble.errors import ConfigError, DataError, EnvironmentProblem
+from thimble.errors import ConfigError, DataError
 
 KIND = "puzzles"
 MAKE = "thimble puzzles build sudoku --generate 1000"
@@ -195,25 +192,5 @@ def in_order(
     count = workers or os.cpu_count() or 1
     if isinstance(items, Sequence):
         count = min(count, len(items))
-    if count <= 1:
-        yield from map(function, items)
-        return
-    under_way: deque[Future[Made]] = deque()
-    # Not forked: threads of this process may hold locks.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
-        try:
-            for item in items:
-                under_way.append(pool.submit(function, item))
-                if len(under_way) > 2 * count:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        except BrokenProcessPool:
-            raise EnvironmentProblem(
-                "A worker process died: out of memory, or a script that starts this outside of "
-                "`if __name__ == '__main__':`. Mend that, or use one worker."
-            ) from None
-        finally:
-            for future in under_way:
-                future.cancel()
+    with parallel.process_pool(max(count, 1)) as pool:
+        yield from parallel.in_order(pool, function, ((item,) for item in items))

@@ -8,12 +8,8 @@ for 28 bytes a document that decide its split.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +21,10 @@ import pyarrow.parquet
 
 from thimble import artifacts
 from thimble.console import log, progress
-from thimble.errors import ConfigError, DataError, EnvironmentProblem
+from thimble.errors import ConfigError, DataError
 from thimble.tokens import shards, splits, statistics
 from thimble.tokens.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train
+from thimble.workers import in_order, process_pool
 
 COLUMNS = ("id", "text", "source", "category", "group")
 SEED = 1
@@ -108,7 +105,7 @@ def build(
     count = min(workers or os.cpu_count() or 1, max(1, len(groups) // 2))
     with ExitStack() as stack:
         out = stack.enter_context(artifacts.atomic_directory(target))
-        pool = stack.enter_context(_pool(count))
+        pool = stack.enter_context(process_pool(count))
         documents = scan(groups, pool)
         plan = splits.plan(documents)
         used = existing or train_tokenizer(groups, documents, plan, vocab_size)
@@ -184,45 +181,12 @@ def row_groups(directory: Path, manifest: dict[str, Any]) -> list[RowGroup]:
     return groups
 
 
-def _pool(workers: int) -> Executor | ExitStack:
-    """Processes, or for one worker nothing: starting any takes longer than a small corpus."""
-    if workers == 1:
-        return ExitStack()
-    # Not forked: threads of the tokenizer or of torch may hold locks in this process.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-def _in_order(pool: Executor | ExitStack, function: Callable, tasks: Iterable[tuple]) -> Iterator:
-    """``function(*task)`` of every task, in order, with only a few tasks under way at a time."""
-    if not isinstance(pool, Executor):
-        for task in tasks:
-            yield function(*task)
-        return
-    under_way: deque[Future] = deque()
-    ahead = 2 * pool._max_workers  # type: ignore[attr-defined]
-    try:
-        for task in tasks:
-            under_way.append(pool.submit(function, *task))
-            if len(under_way) > ahead:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenProcessPool:
-        raise EnvironmentProblem(
-            "A worker process died: out of memory, or a script that starts this outside of "
-            "`if __name__ == '__main__':`. Mend that, or use one worker."
-        ) from None
-    finally:
-        for future in under_way:
-            future.cancel()
-
-
 def scan(groups: list[RowGroup], pool: Any) -> splits.Documents:
     """Hashes, source and size of every document, in order."""
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     sources: dict[str, int] = {}
     with progress("scan", sum(group.rows for group in groups), "documents") as advance:
-        for group, text, source, size in _in_order(pool, _scan, ((group,) for group in groups)):
+        for group, text, source, size in in_order(pool, _scan, ((group,) for group in groups)):
             codes = [sources.setdefault(name, len(sources)) for name in source]
             found.append((group, text, np.array(codes, dtype=np.int32), size))
             advance(len(size))
@@ -306,7 +270,7 @@ def encode(
         advance = stack.enter_context(
             progress("tokenize", sum(group.rows for group in groups), "documents")
         )
-        for rows, parts, lost in _in_order(pool, _encode, tasks()):
+        for rows, parts, lost in in_order(pool, _encode, tasks()):
             for split, ids, documents in parts:
                 writers[split].append(ids, documents)
                 if split == splits.TRAIN:
