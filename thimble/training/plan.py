@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from thimble.config.schema import Config, ModelConfig
-from thimble.errors import ConfigError
-
-if TYPE_CHECKING:
-    from thimble.tokens.shards import TokenSplit
+from thimble.training.data import open_data
 
 # From here on repeated text teaches little (Muennighoff et al. 2023, arXiv:2305.16264).
 USEFUL_EPOCHS = 4
@@ -23,23 +20,6 @@ def total_steps(config: Config, windows: int) -> int:
         return training.max_steps
     batch = training.micro_batch_size * training.gradient_accumulation_steps
     return max(1, min(training.max_steps, math.ceil(training.max_epochs * windows / batch)))
-
-
-def training_tokens(config: Config) -> TokenSplit:
-    """The training split of a configuration.
-
-    Raises DataError when it is not there or not whole, ConfigError when the model's vocabulary is
-    too small for it.
-    """
-    from thimble.tokens.shards import TokenSplit
-
-    data = TokenSplit(config.data.path, "train")
-    if data.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"{config.data.path} has {data.vocab_size:,} token ids, the model has "
-            f"{config.model.vocab_size:,}. Use:\n  model.vocab_size={data.vocab_size}"
-        )
-    return data
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -74,10 +54,10 @@ class Plan:
 
 
 def plan(config: Config) -> Plan:
-    """The plan of a run, from its configuration and its tokens; see ``training_tokens``."""
+    """The plan of a run, from its configuration and its tokens; see ``data.open_data``."""
     from thimble.tokens.loader import Windows
 
-    data = training_tokens(config)
+    data = open_data(config)
     training, optim = config.training, config.optim
     windows = Windows(data.tokens, training.sequence_length, config.seed).count
     steps = total_steps(config, windows)
