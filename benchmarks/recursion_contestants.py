@@ -180,17 +180,6 @@ def contestant(
 # --- generation
 
 
-@torch.inference_mode()
-def cached(model: RecursiveLM, count: int) -> list[int]:
-    """The first token and ``count - 1`` that are generated, greedily, each from one position."""
-    state = model.new_state(1, count)
-    ids = [1]
-    while len(ids) < count:
-        last = torch.tensor([ids[-1:]], device=model.embedding.weight.device)
-        ids.append(int(model.head(model.hidden(last, state)[0, -1]).argmax()))
-    return ids
-
-
 class Generation:
     """Seconds a token takes each way, as a mean over places in ``count`` tokens of ``batch``
     sequences. What the tokens and the caches hold makes no difference to the time."""

@@ -6,6 +6,7 @@ Errors are those of ``thimble.errors``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,9 +182,11 @@ def plan(recipe: PathLike, *overrides: str, measure: bool = True, **nested: Any)
     from thimble.config.load import load as load_config
 
     config = load_config(recipe, overrides, nested)
-    from thimble.training.forecast import forecast  # heavy: after what the user got wrong
+    # What is heavy comes after the check of what was typed.
+    from thimble.training.data import ready
+    from thimble.training.forecast import forecast
 
-    return forecast(config, measure=measure)
+    return forecast(ready(config), measure=measure)
 
 
 def train(
@@ -212,13 +215,15 @@ def train(
         )
     config = None if recipe is None else load_config(recipe, overrides, nested)
     # What is heavy comes after the check of what was typed.
+    from thimble.config.schema import DataConfig
+    from thimble.training import data, train_with_retries
     from thimble.training import plan as planning
-    from thimble.training import train_with_retries
     from thimble.training.hooks import told
     from thimble.training.run import RunFolder
 
     if resume is None:
         assert config is not None
+        config = data.ready(config)
         for warning in planning.plan(config).warnings:
             log.warning("%s", warning)
     else:
@@ -233,7 +238,9 @@ def train(
                 f"{run} is a run of {saved.recipe}, not of {config.recipe}. Resume it with:\n"
                 f"  thimble train {saved.recipe} --resume {resume}"
             )
-        config, resume = saved, run if resume == "auto" else resume
+        if any(re.match(r"[-+]*dataset\b", key) for key in (*overrides, *nested)):
+            saved = saved.model_copy(update={"data": DataConfig()})  # it may be others now
+        config, resume = data.ready(saved), run if resume == "auto" else resume
     with told(on_success, on_failure) as runs:
         runs.append(train_with_retries(config, retry, resume))
     return runs[0]

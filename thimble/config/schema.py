@@ -240,6 +240,13 @@ class ModelConfig(Section):
         return calls * self.num_hidden_layers
 
     @property
+    def blocks_with_gradients(self) -> int:
+        """Of ``blocks_per_step`` those that gradients go through."""
+        high = 0 if self.single_z else 1
+        calls = self.bp_cycles * (self.L_cycles + high) or 1 + high
+        return calls * self.num_hidden_layers
+
+    @property
     def num_parameters(self) -> int:
         """Trainable parameters, exactly; a tied embedding counts once."""
         width, head_width = self.hidden_size, self.head_dim

@@ -190,4 +190,11 @@ def layout_of(directory: Path, tokenizer: Tokenizer, seq_len: int | None = None)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
-    return Dialogue(tokenizer, given.model_copy(update={"seq_len": seq_len or given.seq_len}))
+    if seq_len is not None:
+        if seq_len > given.seq_len:
+            log.warning(
+                "Positions beyond %d are new to this model: it was trained with no longer text.",
+                given.seq_len,
+            )
+        given = given.model_copy(update={"seq_len": seq_len})
+    return Dialogue(tokenizer, given)

@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
 
 
 def load(path: str | Path, device: str = "auto", *, seq_len: int | None = None) -> Model:
-    """Load a checkpoint of ours or of transformers (llama, mistral), or a run's best checkpoint.
+    """Load a checkpoint of ours or of transformers (llama, mistral, hrm_text), or a run's best.
 
     ``seq_len``: longest conversation, in place of the one in training (beyond it positions are new
     to the model). Raises DataError when the checkpoint is incomplete, damaged, of another
@@ -82,10 +82,6 @@ def _lengthen(network: Network, layout: Layout, seq_len: int) -> None:
         raise ConfigError("dataset.seq_len is of models of conversations; this one has none.")
     config = network.config
     if seq_len > config.max_position_embeddings:
-        log.warning(
-            "Positions beyond %d are new to this model: it was trained with no longer text.",
-            config.max_position_embeddings,
-        )
         network.config = config.model_copy(update={"max_position_embeddings": seq_len})
         table = rotary_table(seq_len, config.head_dim, config.rope_theta)
         network.rope_2sc = table.to(network.rope_2sc.device)

@@ -125,7 +125,8 @@ def read(
     """Read a prompt [1, T]: its hidden states [1, T, D], its caches, the supervision steps taken.
 
     Without ``steps`` those are as many as the halting head asks for at the prompt's last position,
-    which has seen all of it: where it was asked in training. None for a stack that runs once.
+    which has seen all of it: where it was asked in training (of several turns at the first answer
+    alone). None for a stack that runs once.
     """
     if not isinstance(model, RecursiveLM):
         state = model.new_state(1, capacity)

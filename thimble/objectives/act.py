@@ -255,13 +255,18 @@ class ACT(nn.Module):
         each = labelled.sum(1)
         has_labels = each > 0
         if where is None:
-            where = labelled.nonzero(as_tuple=True)  # only these reach the head
-        row = where[0]
+            row, column = labelled.nonzero(as_tuple=True)
+            where = row, column
+        row, column = where  # only these reach the head
         scale = rows.weight[row]
         if self.per_sequence:
             scale = scale / each[row]
         token_loss, right = scaled_cross_entropy(
-            model.tokens(z)[where], model.head.weight, rows.labels[where], scale, self.form
+            model.tokens(z)[row, column],
+            model.head.weight,
+            rows.labels[row, column],
+            scale,
+            self.form,
         )
         each_right = torch.zeros_like(each).index_add(0, row, right.long())
         exact = (each_right == each) & has_labels

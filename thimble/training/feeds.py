@@ -81,7 +81,7 @@ class ConversationFeed:
         return rows, batch.lengths
 
     def width(self, longest: int) -> int:
-        return -(-longest // MULTIPLE) * MULTIPLE
+        return min(-(-longest // MULTIPLE) * MULTIPLE, self.data.seq_len)
 
     def cursor(self) -> dict[str, Any]:
         return {"place": self.batches.place}
@@ -119,7 +119,7 @@ class PuzzleFeed:
         rows = Rows(
             torch.from_numpy(found.inputs),
             torch.from_numpy(found.labels),
-            torch.zeros(count, dtype=torch.int64),
+            torch.full((count,), self.split.metadata.seq_len - 1),  # read by a causal model only
             torch.from_numpy(found.puzzle_identifiers),
             torch.ones(count),
         )

@@ -26,12 +26,25 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Forward and backward FLOPs per trained token: 6 per weight that multiplies, and attention.
 
     The head counts, the embedding look-up does not; attention is counted causally, half of
-    12 x layers x heads x head_dim x length (PaLM, arXiv:2204.02311, appendix B).
+    12 x layers x heads x head_dim x length (PaLM, arXiv:2204.02311, appendix B). Of a recursive
+    model these are the FLOPs of one supervision step: 2 per weight in every call of a stack, and 4
+    more in those that gradients go through; its head is counted as if every token were labelled.
     """
+    head = 6.0 * config.vocab_size * config.hidden_size
+    width = config.num_attention_heads * config.head_dim
+    seen = sequence_length * (2 if config.causal else 4)
+    if config.schedule == "recursive":
+        mixer = 3 * config.mlp_mixer_width * config.hidden_size  # over positions, for each channel
+        if config.mixer != "mlp":
+            kv_width = config.num_key_value_heads * config.head_dim
+            mixer = 2 * config.hidden_size * (width + kv_width)
+        block = 2.0 * (mixer + 3 * config.hidden_size * config.intermediate_size)
+        if config.mixer == "attention":
+            block += width * seen
+        return block * (config.blocks_per_step + 2 * config.blocks_with_gradients) + head
     weights = config.num_parameters
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size
-    width = config.num_attention_heads * config.head_dim
     return 6.0 * weights + 6.0 * config.num_hidden_layers * width * sequence_length
 
 
@@ -53,22 +66,70 @@ class Plan:
         return asdict(self)
 
 
-def plan(config: Config) -> Plan:
-    """The plan of a run, from its configuration and its tokens; see ``data.open_data``."""
-    from thimble.tokens.loader import Windows
+@dataclass(frozen=True)
+class Amount:
+    """What a run goes through: ``examples`` an epoch of ``length`` tokens on average, ``steps``
+    updates at most, ``seen`` examples in all of them, each as often as it is thought about."""
 
+    examples: int
+    length: float
+    steps: int
+    seen: int
+    epochs: float
+
+
+def amount(config: Config) -> Amount:
+    """Of a configuration whose data are there; see ``data.open_data`` for what is raised.
+
+    Of deep supervision the most it can be: that no example halts before its last step.
+    """
     data = open_data(config)
-    training, optim = config.training, config.optim
-    windows = Windows(data.tokens, training.sequence_length, config.seed).count
-    steps = total_steps(config, windows)
+    training = config.training
     batch = training.micro_batch_size * training.gradient_accumulation_steps
-    tokens = steps * batch * training.sequence_length
-    epochs = steps * batch / windows
+    if config.objective.name == "next_token":
+        from thimble.tokens.loader import Windows
+
+        windows = Windows(data.tokens, training.sequence_length, config.seed).count
+        steps = total_steps(config, windows)
+        return Amount(windows, training.sequence_length, steps, steps * batch, steps * batch / windows)
+    from thimble.conversations.dataset import Conversations
+
+    if isinstance(data, Conversations):
+        lengths = data.examples["length"][data.split("train")] - 1
+        examples, length = len(lengths), float(lengths.mean()) if len(lengths) else 0.0
+    else:
+        examples, length = len(data.order(config.seed, 0)), float(data.metadata.seq_len)
+    thought = config.model.halt_max_steps
+    steps = training.max_steps
+    if training.max_epochs is not None:
+        most = math.ceil(training.max_epochs * examples * thought / batch) + thought
+        steps = min(steps, most)
+    seen = steps * batch
+    if training.max_epochs is not None:
+        seen = min(seen, round(training.max_epochs * examples) * thought)
+    return Amount(examples, length, steps, seen, seen / thought / max(examples, 1))
+
+
+def plan(config: Config) -> Plan:
+    """The plan of a run, from its configuration and its data; see ``amount``."""
+    training, optim = config.training, config.optim
+    run = amount(config)
+    steps, epochs = run.steps, run.epochs
+    recursive = config.objective.name == "act"
+    batch = training.micro_batch_size * training.gradient_accumulation_steps
+    tokens = round(run.seen * run.length)
+    available = round(run.examples * run.length) if recursive else len(open_data(config).tokens)
     parameters = config.model.num_parameters
     per_token = flops_per_token(config.model, training.sequence_length)
 
     warnings = []
-    if steps < training.max_steps:
+    thought = config.model.halt_max_steps
+    if recursive and thought > 1:
+        warnings.append(
+            f"Counted as if every example were thought about for all {thought} supervision steps; "
+            "a halting head that learns makes it less."
+        )
+    if steps < training.max_steps and not recursive:
         warnings.append(
             f"The data give {steps:,} steps in {training.max_epochs:g} epochs, not the "
             f"{training.max_steps:,} of training.max_steps: the run ends there."
@@ -79,15 +140,15 @@ def plan(config: Config) -> Plan:
             f"The warm-up of {optim.warmup_steps:,} steps is {share} of the run. "
             f"Try optim.warmup_steps={max(1, steps // 10)}."
         )
-    if epochs > USEFUL_EPOCHS:
-        enough = max(1, int(USEFUL_EPOCHS * windows / batch))
+    if epochs > USEFUL_EPOCHS and not recursive:
+        enough = max(1, int(USEFUL_EPOCHS * run.examples / batch))
         warnings.append(
-            f"{epochs:.1f} passes over {len(data.tokens):,} tokens: beyond about {USEFUL_EPOCHS} "
+            f"{epochs:.1f} passes over {available:,} tokens: beyond about {USEFUL_EPOCHS} "
             f"repetition teaches little. More text, or training.max_steps={enough}."
         )
-    if len(data.tokens) < parameters / 10:
+    if available < parameters / 10 and not recursive:
         warnings.append(
-            f"{len(data.tokens):,} training tokens for {parameters:,} parameters is very little: "
+            f"{available:,} training tokens for {parameters:,} parameters is very little: "
             "expect memorised phrases, not language. A few million tokens make a difference."
         )
     for key in ("eval_every", "save_every"):
@@ -105,9 +166,9 @@ def plan(config: Config) -> Plan:
         recipe=config.recipe,
         parameters=parameters,
         steps=steps,
-        tokens_per_step=batch * training.sequence_length,
+        tokens_per_step=round(batch * run.length),
         tokens=tokens,
-        tokens_available=len(data.tokens),
+        tokens_available=available,
         epochs=epochs,
         tokens_per_parameter=tokens / parameters,
         flops_per_token=per_token,
