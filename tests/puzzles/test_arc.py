@@ -271,3 +271,31 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, prefix: str)
     with pytest.raises(ConfigError, match="exists and holds something else"):
         arc.build(tmp_path / "a", input_file_prefix=prefix, subsets=SUBSETS, workers=1)
     assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_a_small_side_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    prefix = arc_files.make(tmp_path / "files", training=8, evaluation=8)
+    tasks, _, _ = arc._load(prefix, SUBSETS, "evaluation")
+    side = sorted(task.side for task in tasks if task.held_out)[0]
+    small = arc.build(
+        tmp_path / "small", input_file_prefix=prefix, subsets=SUBSETS, num_aug=20, max_side=side
+    )
+    kept = [task for task in tasks if task.side <= side]
+    counts = read_manifest(small, "puzzles", make="")["counts"]
+    assert counts["tasks"] == len(kept) == len(tasks) - counts["tasks left out"] < len(tasks)
+    test = Split(small, "test")
+    assert test.metadata.seq_len == side**2
+    scored = json.loads((small / "test_puzzles.json").read_text())
+    assert list(scored) == [task.name for task in kept if task.held_out]
+    # The same grids, on a smaller canvas.
+    first = next(task for task in kept if task.held_out)
+    assert (arc.crop(test.labels[0]) == first.tests[0][1]).all()
+
+
+def test_no_task_that_small_is_refused(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only grids of at most 1 x 1"):
+        arc.build(tmp_path / "x", input_file_prefix=prefix, subsets=SUBSETS, max_side=1)
+    with pytest.raises(ConfigError, match="from 1 to 30"):
+        arc.build(tmp_path / "x", input_file_prefix=prefix, subsets=SUBSETS, max_side=31)
+    assert not (tmp_path / "x").exists()
