@@ -275,22 +275,25 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, prefix: str)
 
 def test_a_small_side_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
-    prefix = arc_files.make(tmp_path / "files", training=8, evaluation=8)
-    tasks, _, _ = arc._load(prefix, SUBSETS, "evaluation")
-    side = sorted(task.side for task in tasks if task.held_out)[0]
-    small = arc.build(
-        tmp_path / "small", input_file_prefix=prefix, subsets=SUBSETS, num_aug=20, max_side=side
+    draw = random.Random(1)
+    grids = {n: [[draw.randrange(10) for _ in range(n)] for _ in range(3)] for n in (4, 12)}
+
+    def square(size: int) -> tuple[dict[str, Any], list[arc_files.Grid]]:
+        pair = {"input": grids[size], "output": grids[size]}
+        return {"train": [pair], "test": [{"input": grids[size]}]}, [grids[size]]
+
+    tasks = {"small": square(4), "large": square(12)}
+    prefix = arc_files.write(tmp_path / "files", {"evaluation": tasks})
+    made = arc.build(
+        tmp_path / "made", input_file_prefix=prefix, subsets=["evaluation"], num_aug=3, max_side=5
     )
-    kept = [task for task in tasks if task.side <= side]
-    counts = read_manifest(small, "puzzles", make="")["counts"]
-    assert counts["tasks"] == len(kept) == len(tasks) - counts["tasks left out"] < len(tasks)
-    test = Split(small, "test")
-    assert test.metadata.seq_len == side**2
-    scored = json.loads((small / "test_puzzles.json").read_text())
-    assert list(scored) == [task.name for task in kept if task.held_out]
-    # The same grids, on a smaller canvas.
-    first = next(task for task in kept if task.held_out)
-    assert (arc.crop(test.labels[0]) == first.tests[0][1]).all()
+    counts = read_manifest(made, "puzzles", make="")["counts"]
+    assert (counts["tasks"], counts["tasks left out"]) == (1, 1)
+    test = Split(made, "test")
+    assert test.metadata.seq_len == 25
+    assert list(json.loads((made / "test_puzzles.json").read_text())) == ["small"]
+    # The same grid, on a smaller canvas.
+    assert (arc.crop(test.labels[0]) == np.array(grids[4])).all()
 
 
 def test_no_task_that_small_is_refused(prefix: str, tmp_path: Path) -> None:

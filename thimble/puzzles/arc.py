@@ -127,8 +127,8 @@ def build(
     found, tasks = len(tasks), [task for task in tasks if task.side <= max_side]
     if not any(task.held_out for task in tasks):
         raise DataError(
-            f"No task of {test_set_name} has only grids of at most {max_side} x {max_side}, so none "
-            "could be scored. Allow larger ones: --max-side."
+            f"No task of {test_set_name} has only grids of at most {max_side} x {max_side}, so "
+            "none could be scored. Allow larger ones: --max-side."
         )
     inputs = {path.name: artifacts.sha256_file(path) for path in files}
     options = {
