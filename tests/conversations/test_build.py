@@ -254,7 +254,7 @@ def test_a_tokenizer_is_needed_and_has_to_be_the_right_one(
         build(path, tokenizer=None)
     with pytest.raises(DataError, match="no tokenizer at"):
         build(path, tokenizer=tmp_path / "tokenizer.model")
-    with pytest.raises(DataError, match=r"entries, not the 32,000 of dataset\.vocab_size"):
+    with pytest.raises(DataError, match=r"wanted has 32,000 \(dataset\.vocab_size\)"):
         build(path, vocab_size=32000)
     with pytest.raises(ConfigError, match="template='chatml'"):
         build(path, template="chatml")

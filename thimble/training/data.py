@@ -112,8 +112,8 @@ def _conversations(config: Config) -> Conversations:
 
     if not config.model.causal:
         raise ConfigError(
-            "model.causal=false has no place in a language model: it would be given the words it "
-            "is asked for. Use:\n  model.causal=true"
+            f"{config.data.path} holds conversations, and model.causal=false has no place in a "
+            "language model: it would be given the words it is asked for. Use:\n  model.causal=true"
         )
     data = Conversations(config.data.folder)
     _fits(config, data.vocab_size)
