@@ -14,11 +14,11 @@ import pytest
 from tests.conversations.conftest import records, sharegpt
 from tests.helpers_cli import Command
 from thimble import api, artifacts
+from thimble.config.schema import DatasetConfig
 from thimble.conversations import batches, checks
 from thimble.conversations import build as building
 from thimble.conversations.build import Built
 from thimble.conversations.dataset import EXAMPLE, Conversations
-from thimble.config.schema import DatasetConfig
 from thimble.conversations.template import prompt_ids
 from thimble.errors import ConfigError, DataError
 from thimble.tokens import splits

@@ -121,7 +121,8 @@ def _conversations(config: Config) -> Conversations:
         raise ConfigError(
             f"{config.data.path} has examples of up to {data.seq_len} tokens, and the run has "
             f"training.sequence_length={config.training.sequence_length}. Use:\n"
-            f"  training.sequence_length={data.seq_len} model.max_position_embeddings={data.seq_len}"
+            f"  training.sequence_length={data.seq_len} "
+            f"model.max_position_embeddings={data.seq_len}"
         )
     return data
 
