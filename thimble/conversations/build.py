@@ -64,8 +64,9 @@ def build(
     """Tokenize the conversations that ``config`` names; ``output``: default ``data/conversations``.
 
     ``workers``: processes that tokenize, default ``dataset.dataloader_workers``. Does nothing when
-    the directory already holds exactly this. Raises ConfigError (no tokenizer, no such template), DataError (the
-    data do not fit) or EnvironmentProblem; whatever stood at ``output`` then still stands there.
+    the directory already holds exactly this. Raises ConfigError (no tokenizer, no such template),
+    DataError (the data do not fit) or EnvironmentProblem; whatever stood at ``output`` then still
+    stands there.
     """
     path = config.tokenizer()
     if Path(path).suffix in (".json", ".model") and not Path(path).is_file():
