@@ -259,7 +259,7 @@ def main() -> None:
         "--steps", type=int, default=4, help="supervision steps of a generated token"
     )
     parser.add_argument("--batches", type=int, default=3, help="batches a round of training")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--compiled", action="store_true", help="also thimble with torch.compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, help="write the table there as well")
