@@ -1,4 +1,4 @@
-"""Sampling: from logits to the next token, one token at a time over a key/value cache."""
+"""Sampling: from logits to the next token, one token at a time over the layers' states."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def generate_ids(
     """Yield up to ``max_tokens`` ids that follow ``prompt``, ending before an id in ``stop``.
 
     When the context is full its older half is forgotten and the rest read again, so generation can
-    go on beyond the context at the price of that memory.
+    go on beyond the context at the price of that memory. Retention has no end to its context.
     """
     generator = torch.Generator().manual_seed(seed)
     context = model.config.max_position_embeddings
     device = model.embedding.weight.device
     ids = list(prompt)
-    feed = ids[-context:]
+    feed = ids if model.config.mixer == "retention" else ids[-context:]
     state = model.new_state(1, min(context, len(feed) + max_tokens))
     for _ in range(max_tokens):
         if state[0].length + len(feed) > state[0].capacity:
