@@ -19,6 +19,7 @@ from thimble.errors import ConfigError
 from thimble.generation.sampling import generate_ids
 from thimble.models import retention
 from thimble.models.causal_lm import CausalLM
+from thimble.models.recursive import RecursiveLM
 from thimble.models.retention import (
     Kernels,
     Retained,
@@ -487,3 +488,108 @@ def test_it_learns_to_copy_from_far_behind() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.7 * math.log(16)
+
+
+# --- the recursive model
+
+RECURSIVE: dict[str, Any] = {
+    "schedule": "recursive",
+    "num_hidden_layers": 2,
+    "H_cycles": 2,
+    "L_cycles": 2,
+    "halt_max_steps": 3,
+}
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"separate_stacks": True},
+    {"single_z": True},
+    {"separate_stacks": True, "num_hidden_layers": 1, "bp_cycles": 2, "value_head_dim": 12},
+]
+
+
+def recursive_of(**changes: Any) -> RecursiveLM:
+    config = small(**{**RECURSIVE, **changes})
+    model = RecursiveLM(config).initialize(torch.Generator().manual_seed(0)).double()
+    model.compute_dtype = torch.float64
+    return model
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_a_recursive_configuration_knows_the_parameters(changes: dict[str, Any]) -> None:
+    model = recursive_of(**changes)
+    assert model.num_parameters() == model.config.num_parameters
+
+
+def test_the_recursive_student_is_as_large_as_the_plain_one() -> None:
+    plain = load("slm_nano", ["model=retnet_nano"]).model
+    recursive = load("slm_nano", ["model=retnet_hrm"]).model
+    with torch.device("meta"):
+        assert RecursiveLM(recursive).num_parameters() == recursive.num_parameters
+    # It has a halting head, and no scales in its norms.
+    assert recursive.num_parameters == pytest.approx(plain.num_parameters, rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", VARIANTS)
+@pytest.mark.parametrize("pieces", [[1] * 40, [17, 1, 6, 16], [40]])
+def test_every_index_of_the_recursion_carries_its_state(
+    changes: dict[str, Any], pieces: list[int]
+) -> None:
+    model = recursive_of(**changes)
+    ids = ids_of(time=40)  # beyond the context
+    for steps in (1, 3):
+        state = model.new_state(2, steps=steps)
+        assert len(state) == steps * model.config.blocks_per_step
+        begin, parts = 0, []
+        for piece in pieces:
+            parts.append(model.hidden(ids[:, begin : begin + piece], state))
+            begin += piece
+        whole = model.hidden(ids, steps=steps)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_the_states_of_the_recursion_are_not_one_and_the_same() -> None:
+    model = recursive_of()
+    state = model.new_state(2)
+    model.hidden(ids_of(), state)
+    for one, other in itertools.combinations([layer.memory for layer in state], 2):
+        assert not torch.allclose(one, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_documents_of_a_recursive_model_are_what_they_are_alone(changes: dict[str, Any]) -> None:
+    model = recursive_of(**changes)
+    # Rotations are float32 numbers: the same distance at another place is the same to 1e-7 only,
+    # and a recursion enlarges that. Without rotations documents are equal to rounding.
+    model.rope_2sc[0], model.rope_2sc[1] = 1, 0
+    ids = ids_of(1, 30)
+    starts = torch.zeros(1, 30, dtype=torch.bool)
+    starts[0, [11, 12]] = True
+    packed = model.hidden(ids, starts_bt=starts)
+    alone = [model.hidden(ids[:, begin:end]) for begin, end in ((0, 11), (11, 12), (12, 30))]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), atol=1e-10, rtol=1e-10)
+    assert not torch.allclose(packed[:, 12:], model.hidden(ids)[:, 12:], atol=1e-3)
+
+
+def test_a_recursive_model_recomputes_the_same_gradient_across_documents() -> None:
+    starts = ids_of() % 7 == 0
+    found = []
+    for again in (False, True):
+        model = recursive_of(bp_cycles=2)
+        model.checkpoint_activations = again
+        model(ids_of(), starts_bt=starts).square().mean().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_a_recursive_model_generates_beyond_its_context() -> None:
+    model = recursive_of()
+    prompt = ids_of(1, 25)[0].tolist()
+    ids = list(generate_ids(model, prompt, max_tokens=30, **GREEDY))  # type: ignore[arg-type]
+    whole = model(torch.tensor([prompt + ids]))[0]
+    assert ids == whole[24:-1].argmax(-1).tolist()
+    assert len(set(ids)) > 3
