@@ -167,7 +167,7 @@ def test_the_chunks_change_nothing(
     targets = likeliest(theirs, head, 12, (temperature,))
     options: dict[str, Any] = {"alpha": 0.3, "temperature": temperature}
     expected = linear_sparse_kl(hidden, weight, labels, targets, **options)
-    monkeypatch.setattr(sparse_kl, "chunk_rows", lambda device, vocab_size: rows)
+    monkeypatch.setattr(sparse_kl, "rows_at_once", lambda device, vocab_size: rows)
     made = linear_sparse_kl(hidden, weight, labels, targets, **options)
     assert_close(made, expected, 1e-12)
     assert_close(
@@ -269,8 +269,8 @@ def test_nothing_to_learn_is_zero_not_nan() -> None:
 
 
 def test_all_logits_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sparse_kl, sparse_targets):
-        monkeypatch.setattr(module, "chunk_rows", lambda device, vocab_size: 16)
+    monkeypatch.setattr(sparse_targets, "chunk_rows", lambda device, vocab_size: 16)
+    monkeypatch.setattr(sparse_kl, "rows_at_once", lambda device, vocab_size: 16)
     hidden = torch.randn(512, 8, requires_grad=True)
     weight = torch.randn(2000, 8, requires_grad=True)
     labels = torch.randint(0, 2000, (512,))
