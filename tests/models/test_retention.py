@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from thimble.config.load import load
 from thimble.config.schema import ModelConfig
@@ -29,6 +30,7 @@ from thimble.models.retention import (
     recurrent,
     with_kernels,
 )
+from thimble.training.plan import flops_per_token
 
 Form = Callable[..., Retained]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -36,11 +38,18 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 
 
 
 def problem(
-    time: int, dtype: torch.dtype = torch.float64, *, memory: bool, starts: bool, seed: int = 0
+    time: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    memory: bool,
+    starts: bool,
+    seed: int = 0,
+    keys: int = 6,
+    values: int = 10,
 ) -> tuple[list[Tensor], Tensor | None]:
     """q, k, v, log gamma and, when asked for, a memory; and where documents begin."""
     draw = torch.Generator().manual_seed(seed)
-    batch, heads, keys, values = 2, 3, 6, 10
+    batch, heads = 2, 3
     shapes = [(batch, heads, time, width) for width in (keys, keys, values)]
     given = [torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes]
     given[0] *= keys**-0.5
@@ -95,8 +104,7 @@ def gradients(form: Form, given: list[Tensor], starts: Tensor | None) -> list[Te
     made = form(q, k, v, log_gamma, memory[0] if memory else None, starts)
     draw = torch.Generator().manual_seed(9)
     total = sum(
-        (x * torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x.dtype)).sum()
-        for x in made
+        (x * torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x)).sum() for x in made
     )
     assert isinstance(total, Tensor)
     return list(torch.autograd.grad(total, [q, k, v, *memory]))
@@ -244,6 +252,25 @@ def test_the_kernels_are_given_what_they_want(time: int, starts: bool, memory: b
         close(mine / scale, theirs / scale, torch.float32)
 
 
+@pytest.mark.skipif(retention.find_kernels() is None, reason="flash-linear-attention and a GPU")
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("starts", [False, True])
+@pytest.mark.parametrize("time", [1, 20, 300])
+def test_the_real_kernels_are_near_the_exact_form(time: int, starts: bool, memory: bool) -> None:
+    given, where = problem(time, torch.float32, memory=memory, starts=starts, keys=32, values=64)
+    kernels = retention.find_kernels()
+    on_gpu = [x.cuda() for x in given]
+    where = None if where is None else where.cuda()
+    half = [x.bfloat16() for x in on_gpu[:3]] + on_gpu[3:]
+    form = functools.partial(retention.retain, kernels=kernels)
+    for mine, theirs in zip(
+        [*form(*half, starts_bt=where), *gradients(form, half, where)],
+        [*parallel(*on_gpu, starts_bt=where), *gradients(parallel, on_gpu, where)],
+        strict=True,
+    ):
+        assert (mine.float() - theirs).norm() < 0.02 * theirs.norm()
+
+
 def test_without_a_gpu_or_without_the_package_there_are_no_kernels(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -365,6 +392,21 @@ def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], words: s
     pairs = [f"model.{key}={str(value).lower()}" for key, value in {**heads, **changes}.items()]
     with pytest.raises(ConfigError, match=words):
         load("slm_nano", ["model=retnet_nano", *pairs])
+
+
+def test_the_work_grows_with_the_length_not_with_its_square() -> None:
+    config = small()
+    model = model_of(config)
+    counted = []
+    for time in (512, 2048):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(ids_of(1, time))
+        counted.append(counter.get_total_flops() / time)
+        planned = flops_per_token(config, time) / 3
+        # The plan counts a chunk's products causally, half of what is multiplied.
+        assert 0.7 * counted[-1] < planned < counted[-1]
+    assert counted[1] < 1.01 * counted[0]
+    assert flops_per_token(config, 2048) == flops_per_token(config, 512)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -46,11 +46,17 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Forward and backward FLOPs per trained token: 6 per weight that multiplies, and attention.
 
     The head counts, the embedding look-up does not; attention is counted causally, half of
-    12 x layers x heads x head_dim x length (PaLM, arXiv:2204.02311, appendix B).
+    12 x layers x heads x head_dim x length (PaLM, arXiv:2204.02311, appendix B). Retention is
+    counted alike within its chunks; beyond them a position is read into the memory and out of it.
     """
     weights = config.num_parameters
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size
+    if config.mixer == "retention":
+        keys, values = config.head_dim, config.value_width
+        chunk = min(config.retention_chunk, sequence_length)
+        each = 3.0 * chunk * (keys + values) + 12.0 * keys * values
+        return 6.0 * weights + config.num_hidden_layers * config.num_attention_heads * each
     width = config.num_attention_heads * config.head_dim
     return 6.0 * weights + 6.0 * config.num_hidden_layers * width * sequence_length
 
