@@ -121,6 +121,21 @@ def lines_to_paste(text: str) -> list[str]:
             ("x",),
             {"tasks": ("mmlu", "a.yaml"), "limit": 5},
         ),
+        (
+            "evaluate --checkpoint x --save-outputs preds labels --overrides dataset.seq_len=9",
+            "evaluate",
+            ("x",),
+            {"save_outputs": ["preds", "labels"], "overrides": {"dataset.seq_len": "9"}},
+        ),
+        (
+            "evaluate x --overrides arch.halt_max_steps=2 dataset.test_ratio=0.2 --subset-size 5",
+            "evaluate",
+            ("x",),
+            {
+                "overrides": {"arch.halt_max_steps": "2", "dataset.test_ratio": "0.2"},
+                "subset_size": 5,
+            },
+        ),
         ("accept x", "accept", ("x",), {"split": "val"}),
         ("accept x --split test", "accept", ("x",), {"split": "test"}),
         ("quantize x", "quantize", ("x",), {"bits": 4, "output": None, "calibration_samples": 512}),
@@ -143,6 +158,20 @@ def lines_to_paste(text: str) -> list[str]:
             ("x",),
             {"message": "m", "temperature": 0, "top_k": 3, "top_p": 0.5, "seed": 4}
             | {"max_tokens": 6},
+        ),
+        (
+            "generate --checkpoint x --message m --max-output-tokens 6 --system-message s",
+            "generate",
+            ("x",),
+            {"message": "m", "max_tokens": 6, "system_message": "s", "temperature": None}
+            | {"steps": None, "watch": None, "overrides": {}},
+        ),
+        (
+            "generate --checkpoint x --message m --steps 2 --overrides dataset.seq_len=9 "
+            "dataset.system_message=s",
+            "generate",
+            ("x",),
+            {"steps": 2, "overrides": {"dataset.seq_len": "9", "dataset.system_message": "s"}},
         ),
     ],
 )
@@ -181,6 +210,10 @@ def test_a_path_after_from_is_a_source_too(
         ("token build x", "tokens build x"),
         ("generate x --promt hi", "generate x --prompt hi"),
         ("generate x --temprature=1 --prompt hi", "generate x --temperature=1 --prompt hi"),
+        (
+            "generate x --message m --overrides dataset.seq_ln=9",
+            "generate x --message m --overrides dataset.seq_len=9",
+        ),
         ("train slm_nanoo", "train slm_nano"),
         ("plan smal", "plan slm_small"),
         ("train slm_nano optim.lerning_rate=2", "train slm_nano optim.learning_rate=2"),

@@ -18,13 +18,22 @@ from thimble.generation.sampling import generate_ids
 from thimble.models.causal_lm import CausalLM
 from thimble.models.recursive import RecursiveLM, truncated_normal_
 
+HRM_TEXT = {
+    "separate_stacks": True,
+    "pre_norm": True,
+    "attention_gate": True,
+    "inject_input": False,
+    "embedding_scale": 7.0,
+    "halt_max_steps": 1,
+    "bp_cycles": 3,
+}
 PUZZLE = {"causal": False}
 MLP = {"mixer": "mlp", "causal": False}
 SINGLE = {"single_z": True}
 SEPARATE = {"separate_stacks": True}
 PLAIN = {"single_z": True, "H_cycles": 1, "L_cycles": 1, "halt_max_steps": 1}
 WITH_PUZZLES = {"causal": False, "puzzle_identifiers": 7, "puzzle_emb_len": 3}
-CAUSAL: list[dict[str, Any]] = [{}, SEPARATE, SINGLE, PLAIN]
+CAUSAL: list[dict[str, Any]] = [{}, SEPARATE, SINGLE, PLAIN, HRM_TEXT]
 EVERY: list[dict[str, Any]] = [*CAUSAL, PUZZLE, MLP, WITH_PUZZLES, MLP | WITH_PUZZLES]
 
 
@@ -105,6 +114,29 @@ def test_the_mlp_is_the_paper_s_five_million_on_sudoku() -> None:
         assert RecursiveLM(config).num_parameters() == config.num_parameters
     core = 2 * (3 * 97 * 512 + 3 * 512 * 1536) + 1026
     assert config.num_parameters == core + 2 * 11 * 512 + 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (MLP | {"attention_gate": True}, "attention_gate belongs to attention"),
+        (HRM_TEXT | {"separate_stacks": False, "single_z": True}, "needs a z_H"),
+        (HRM_TEXT | {"halt_max_steps": 2}, "model.halt_max_steps=1"),
+        (HRM_TEXT | {"bp_cycles": 2}, "model.bp_cycles=3"),
+        ({"embedding_scale": 0.0}, "greater than 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        small(**changes)
+
+
+def test_without_injection_the_embedding_still_learns() -> None:
+    model = model_of(small(**HRM_TEXT))
+    model(ids_of()).logsumexp(-1).sum().backward()
+    assert model.embedding.weight.grad is not None
+    assert model.embedding.weight.grad.abs().max() > 0
+    assert model.H_init.grad is None
 
 
 @pytest.mark.parametrize("changes", EVERY)

@@ -13,7 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from thimble.config.schema import ModelConfig
 from thimble.models.recursive import RecursiveLM
 from thimble.objectives import linear_cross_entropy as losses
-from thimble.objectives.act import ACT, HALT_WEIGHT, Carry, Output, Rows, empty_carry, halt, refill
+from thimble.objectives.act import (
+    ACT,
+    HALT_WEIGHT,
+    Carry,
+    Output,
+    Rows,
+    draw_least,
+    empty_carry,
+    halt,
+    refill,
+)
 from thimble.objectives.linear_cross_entropy import scaled_cross_entropy
 
 TIME, VOCABULARY = 12, 31
@@ -52,7 +62,12 @@ def rows_of(numbers: list[int], prompt: int = 4) -> Rows:
     labels = ids[:, 1:].clone()
     labels[:, : prompt - 1] = -100
     position = torch.full((len(numbers),), prompt - 1)
-    return Rows(ids[:, :-1], labels, position, torch.tensor(numbers))
+    return Rows(ids[:, :-1], labels, position, torch.tensor(numbers), torch.ones(len(numbers)))
+
+
+def least_of(act: ACT, batch: int, generator: torch.Generator) -> torch.Tensor:
+    config = act.model.config
+    return draw_least(batch, config.halt_max_steps, config.halt_exploration_prob, generator)
 
 
 def always(model: RecursiveLM, q: float) -> RecursiveLM:
@@ -276,7 +291,7 @@ def feed(act: ACT, examples: int, batch: int) -> tuple[Counter[int], list[Output
     while waiting or not carry.idle:
         taken, waiting = waiting[: carry.free], waiting[carry.free :]
         seen.update(taken)
-        carry, out = act(carry, rows_of(taken) if taken else None, generator)
+        carry, out = act(carry, rows_of(taken) if taken else None, least_of(act, batch, generator))
         outputs.append(out)
         carries.append(carry)
         assert len(outputs) < 1000
@@ -310,7 +325,7 @@ def test_at_the_maximum_every_row_halts_and_never_later() -> None:
 
 def test_rows_halt_where_the_head_says_so() -> None:
     steps, q = torch.tensor([1, 1, 2, 4]), torch.tensor([1.0, -1.0, 0.0, -1.0])
-    stop = halt(steps, q, max_steps=4, exploration=0.0)
+    stop = halt(steps, q, max_steps=4)
     assert stop.tolist() == [True, False, False, True]
 
 
@@ -321,7 +336,7 @@ def test_exploration_keeps_rows_from_halting_early() -> None:
     shares = []
     for step in range(1, 6):
         steps = torch.full((count,), step)
-        stop = halt(steps, q, max_steps=5, exploration=0.4, generator=generator)
+        stop = halt(steps, q, max_steps=5, least=draw_least(count, 5, 0.4, generator))
         shares.append(stop.float().mean().item())
     # At step s a row goes on when it explores and drew more than s out of 2..5.
     expected = [1 - 0.4 * min(1, (5 - step) / 4) for step in range(1, 6)]
@@ -330,18 +345,16 @@ def test_exploration_keeps_rows_from_halting_early() -> None:
 
 
 def test_one_step_leaves_nothing_to_explore() -> None:
-    stop = halt(torch.ones(3), torch.full((3,), -5.0), max_steps=1, exploration=1.0)
+    stop = halt(torch.ones(3), torch.full((3,), -5.0), max_steps=1, least=draw_least(3, 1, 1.0))
     assert stop.all()
 
 
 def test_draws_repeat_with_the_generator() -> None:
-    steps, q = torch.full((200,), 2), torch.ones(200)
-    draws = [
-        halt(steps, q, max_steps=9, exploration=0.5, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    ]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
+    first, same, other = (
+        draw_least(200, 9, 0.5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
 
 
 def test_evaluation_gives_every_row_all_steps() -> None:
@@ -396,7 +409,7 @@ def test_eight_answers_learned_are_given_word_for_word() -> None:
     for step in range(150):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 150)
         taken, order = order[: carry.free], order[carry.free :]
-        carry, out = act(carry, rows_of(taken, prompt) if taken else None, generator)
+        carry, out = act(carry, rows_of(taken, prompt) if taken else None, least_of(act, 8, generator))
         out.mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,13 +8,18 @@ to 10 %, 8 x 4 sequences, evaluation and checkpoint every 5000 steps).
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from thimble.errors import ConfigError
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Horizon = Annotated[float, Field(gt=1)]
+
+TOKENIZER_VARIABLE = "LLAMA_TOKENIZER"
 
 
 class Section(BaseModel):
@@ -32,6 +37,10 @@ RECURSIVE_KEYS = frozenset(
         "bp_cycles",
         "separate_stacks",
         "single_z",
+        "pre_norm",
+        "attention_gate",
+        "inject_input",
+        "embedding_scale",
         "halt_max_steps",
         "halt_exploration_prob",
         "puzzle_identifiers",
@@ -114,6 +123,26 @@ class ModelConfig(Section):
     )
     single_z: bool = Field(
         default=False, description="Recursive: one latent, updated L_cycles times in an H cycle."
+    )
+    pre_norm: bool = Field(
+        default=False,
+        description="Recursive: norms before mixer and MLP and at a stack's end (HRM-Text) instead "
+        "of after mixer and MLP (TRM, HRM).",
+    )
+    attention_gate: bool = Field(
+        default=False,
+        description="Recursive: a sigmoid of the input scales each value of the attention's output "
+        "(HRM-Text).",
+    )
+    inject_input: bool = Field(
+        default=True,
+        description="Recursive: every update of z_L is given the input; false: z_H begins as the "
+        "input instead (HRM-Text).",
+    )
+    embedding_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="Recursive: what the embedding is multiplied by; null: sqrt(hidden_size).",
     )
     halt_max_steps: int = Field(
         default=16, ge=1, description="Recursive: supervision steps an example gets at most."
@@ -205,7 +234,34 @@ class ModelConfig(Section):
                 "model.single_z has no z_H for a second stack to update. Use one of:\n"
                 "  model.separate_stacks=false\n  model.single_z=false"
             )
+        if self.attention_gate and self.mixer != "attention":
+            raise ValueError(
+                "model.attention_gate belongs to attention. Use one of:\n"
+                "  model.attention_gate=false\n  model.mixer=attention"
+            )
+        if not self.inject_input:
+            self._check_input_in_latent()
         return self
+
+    def _check_input_in_latent(self) -> None:
+        """What ``inject_input=false`` goes with: the input is in z_H, once and for all cycles."""
+        if self.single_z:
+            raise ValueError(
+                "model.inject_input=false needs a z_H to put the input in. Use one of:\n"
+                "  model.single_z=false\n  model.inject_input=true"
+            )
+        if self.halt_max_steps > 1:
+            raise ValueError(
+                "model.inject_input=false begins with the input in z_H, so a second supervision "
+                "step would begin anew. Use one of:\n"
+                "  model.halt_max_steps=1\n  model.inject_input=true"
+            )
+        if self.bp_cycles < self.H_cycles:
+            raise ValueError(
+                "model.inject_input=false gives the input to the first cycle alone: without "
+                "gradients through that one the embedding would not learn. Use one of:\n"
+                f"  model.bp_cycles={self.H_cycles}\n  model.inject_input=true"
+            )
 
     @property
     def num_positions(self) -> int:
@@ -230,10 +286,19 @@ class ModelConfig(Section):
         return calls * self.num_hidden_layers
 
     @property
+    def blocks_with_gradients(self) -> int:
+        """Of ``blocks_per_step`` those that gradients go through."""
+        high = 0 if self.single_z else 1
+        calls = self.bp_cycles * (self.L_cycles + high) or 1 + high
+        return calls * self.num_hidden_layers
+
+    @property
     def num_parameters(self) -> int:
         """Trainable parameters, exactly; a tied embedding counts once."""
         width, head_width = self.hidden_size, self.head_dim
-        mixer = 2 * width * head_width * (self.num_attention_heads + self.num_key_value_heads)
+        gates = self.num_attention_heads if self.attention_gate else 0
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads) + gates
+        mixer = width * head_width * heads
         if self.mixer == "mlp":
             mixer = 3 * self.num_positions * self.mlp_mixer_width
         elif self.mixer == "retention":  # q, k; v, gate, output
@@ -248,15 +313,102 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the tokens are."""
+    """Where the data are."""
 
-    path: str = Field(min_length=1, description="Folder made by `thimble tokens build`.")
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder made by `thimble tokens build`, `thimble conversations build` or "
+        "`thimble puzzles build`; null: made of the conversations of dataset.name.",
+    )
+
+    @property
+    def folder(self) -> str:
+        """``path``, of a run whose data are there (``training.data.ready``)."""
+        assert self.path is not None, "conversations become tokens before anything is read"
+        return self.path
+
+
+class DatasetConfig(Section):
+    """Which conversations a model learns from, and how they become tokens."""
+
+    name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="slimorca or openorca (fetched from the hub), or a corpus, file or folder of "
+        "your own; null: no conversations.",
+    )
+    data_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder with the files, or where they are fetched to; null: data/NAME.",
+    )
+    subset_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="So many records of the whole, drawn before the split; null: all.",
+    )
+    seq_len: int = Field(default=512, ge=1, description="Longest example, in input tokens.")
+    test_ratio: Fraction = Field(
+        default=0.05, description="Share of the prompts held out as the test split."
+    )
+    val_ratio: Fraction = Field(
+        default=0.01,
+        description="Share of the prompts held out to watch the training by; 0: none.",
+    )
+    tokenizer_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description=f"Folder, tokenizer.json or SentencePiece .model; null: ${TOKENIZER_VARIABLE}.",
+    )
+    vocab_size: int | None = Field(
+        default=None, ge=2, description="Entries the tokenizer has to have; null: any."
+    )
+    template: Literal["plain", "chat"] = Field(
+        default="plain",
+        description="plain: [SYSTEM], [USER] and [ASSISTANT] lines; chat: the tokenizer's own.",
+    )
+    system_message: str = Field(
+        default="A conversation between a user and a helpful assistant.",
+        description='System text of conversations without one; "": none.',
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Of the subset, the split and the order."
+    )
+    dataloader_workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that tokenize, 0: none beside this one, null: one a core. Batches "
+        "need none.",
+    )
+
+    def tokenizer(self) -> str:
+        """The path of the tokenizer; ConfigError when neither the key nor the variable is set."""
+        path = self.tokenizer_path or os.environ.get(TOKENIZER_VARIABLE)
+        if not path:
+            raise ConfigError(
+                "Which tokenizer? Name a folder, a tokenizer.json or a SentencePiece .model with "
+                "--tokenizer PATH (in a recipe dataset.tokenizer_path=PATH), or set the variable "
+                f"{TOKENIZER_VARIABLE}."
+            )
+        return path
 
 
 class ObjectiveConfig(Section):
     """What the model is trained to do."""
 
-    name: Literal["next_token"] = Field(default="next_token", description="The loss.")
+    name: Literal["next_token", "act"] = Field(
+        default="next_token",
+        description="The loss. act: deep supervision with halting, of recursive models.",
+    )
+    form: Literal["softmax", "stablemax"] = Field(
+        default="softmax", description="With act: what makes probabilities of logits."
+    )
+    per_sequence: bool = Field(
+        default=False,
+        description="With act: the mean over each example's tokens first, as the papers have it, "
+        "instead of over all tokens.",
+    )
 
 
 class OptimConfig(Section):
@@ -292,6 +444,19 @@ class OptimConfig(Section):
     )
     min_lr_ratio: Fraction = Field(
         default=0.1, description="The last learning rate, as a fraction of the highest."
+    )
+    ema_rate: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of the moving average of the weights, which is then what is evaluated "
+        "and kept; null: none.",
+    )
+    puzzle_emb_lr: float = Field(
+        default=1e-2, gt=0, le=1, description="Highest learning rate of the puzzles' embeddings."
+    )
+    puzzle_emb_weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled weight decay of the puzzles' embeddings."
     )
 
 
@@ -331,6 +496,11 @@ class TrainingConfig(Section):
         description="Compute each block's activations again for the backward pass: less memory, "
         "more time.",
     )
+    load_checkpoint: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Checkpoint or run whose weights this run begins with; null: drawn anew.",
+    )
     skip_windows: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
         default=[],
         description="Places in the order of the windows, [first, end), that no step takes; "
@@ -349,6 +519,11 @@ class EvaluationConfig(Section):
         default=None,
         ge=1,
         description="Validation tokens an evaluation reads; null: all.",
+    )
+    max_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of conversations and puzzles: examples an evaluation reads; null: all.",
     )
     prompts: list[str] = Field(
         default=["The kernel module", "Question: What does the command mount do?\nAnswer:"],
@@ -379,7 +554,9 @@ class GuardsConfig(Section):
 class AcceptanceConfig(Section):
     """The gate of `thimble accept`."""
 
-    perplexity: float = Field(gt=1, description="Validation perplexity must be below this.")
+    perplexity: float | None = Field(
+        default=None, gt=1, description="Validation perplexity must be below this; null: no gate."
+    )
     size_tolerance: Fraction = Field(
         default=0.1, description="Allowed deviation of the checkpoint's size from the expected one."
     )
@@ -389,7 +566,11 @@ class LoggingConfig(Section):
     """Where the records of metrics.jsonl are shown as well."""
 
     tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
-    wandb: bool = Field(default=False, description="Log to Weights & Biases (extra `wandb`).")
+    wandb: bool | None = Field(
+        default=False,
+        description="Log to Weights & Biases (extra `wandb`); null: offline where the extra is, "
+        "unless WANDB_MODE says otherwise.",
+    )
     trackio: bool = Field(default=False, description="Log to Trackio (extra `trackio`).")
 
 
@@ -410,13 +591,14 @@ class Config(Section):
         "float16 on older GPUs, else float32.",
     )
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = DataConfig()
+    dataset: DatasetConfig = DatasetConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     guards: GuardsConfig = GuardsConfig()
-    acceptance: AcceptanceConfig
+    acceptance: AcceptanceConfig = AcceptanceConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
@@ -428,4 +610,38 @@ class Config(Section):
                 f"model.max_position_embeddings={context}. The nearest that fit:\n"
                 f"  training.sequence_length={context}\n  model.max_position_embeddings={window}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_objective(self) -> Config:
+        recursive = self.model.schedule == "recursive"
+        if recursive != (self.objective.name == "act"):
+            raise ValueError(
+                f"objective.name={self.objective.name} does not train a model with "
+                f"model.schedule={self.model.schedule}. Use one of:\n"
+                f"  objective.name={'act' if recursive else 'next_token'}\n"
+                f"  model.schedule={'once' if recursive else 'recursive'}"
+            )
+        if self.data.path is None and self.dataset.name is None:
+            raise ValueError(
+                "There is nothing to train on. Name a folder of data, or conversations:\n"
+                "  data.path=data/tokens/NAME\n  dataset.name=slimorca"
+            )
+        if self.dataset.name is not None:
+            if not self.model.causal:
+                raise ValueError(
+                    "model.causal=false has no place in a language model: it would be given the "
+                    "words it is asked for. Use:\n  model.causal=true"
+                )
+            if not recursive:
+                raise ValueError(
+                    "Conversations (dataset.name) train recursive models. Use:\n"
+                    "  model.schedule=recursive"
+                )
+            if self.training.sequence_length != self.dataset.seq_len:
+                raise ValueError(
+                    f"dataset.seq_len={self.dataset.seq_len} and training.sequence_length="
+                    f"{self.training.sequence_length} say the same thing differently. Use:\n"
+                    f"  training.sequence_length={self.dataset.seq_len}"
+                )
         return self

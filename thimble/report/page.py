@@ -165,13 +165,13 @@ def _data(config: Config, missing: list[str]) -> dict[str, Any]:
     """Counts of the tokens and, where it is still there, of the corpus behind them."""
     found: dict[str, Any] = {"path": config.data.path, "splits": {}, "cleaning": [], "mixture": {}}
     try:
-        tokens = artifacts.read_manifest(config.data.path, "tokens", make="thimble tokens build")
+        tokens = artifacts.read_manifest(config.data.folder, "tokens", make="thimble tokens build")
     except ThimbleError as error:
         missing.append(f"tokens: {str(error).splitlines()[0]}")
         return found
     found["splits"] = tokens["counts"]
     found["vocabulary"] = tokens["vocab_size"]
-    folder = corpus_of(config.data.path, tokens)
+    folder = corpus_of(config.data.folder, tokens)
     if folder:
         corpus = artifacts.read_json(folder / artifacts.MANIFEST)
         found["corpus"] = str(folder)
@@ -184,7 +184,7 @@ def _data(config: Config, missing: list[str]) -> dict[str, Any]:
 
 
 def _zipf(config: Config) -> str | None:
-    path = Path(config.data.path) / "zipf.png"
+    path = Path(config.data.folder) / "zipf.png"
     return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -102,6 +103,34 @@ class Processes:
         box = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return tuple(bool(flag) for flag in box.tolist())
+
+    def add_on_host(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over processes of a tensor in main memory. Waits for the host, not for the device."""
+        if self.count > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def most(self, value: int) -> int:
+        """The largest of the processes' values."""
+        if self.count > 1:
+            box = torch.tensor([value])
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+            return int(box)
+        return value
+
+    def everywhere(self, flags: torch.Tensor) -> np.ndarray:
+        """Flags in main memory, of all processes one after the other: bool [count x flags]."""
+        if self.count == 1:
+            return flags.numpy().copy()
+        return self.joined(flags.to(torch.uint8), group=self.control).numpy().astype(bool)
+
+    def joined(self, tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
+        """The tensors of all processes, of one shape, one after the other along the first axis."""
+        if self.count == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts)
 
     def share(self, text: str) -> str:
         """The main process's text, on every process."""

@@ -47,6 +47,21 @@ class EMA:
             weight.copy_(self.averages[name])
             self.averages[name].copy_(kept)
 
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that are trained, by name."""
+        return {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def resume(self, trained: dict[str, Tensor]) -> None:
+        """The model holds the averages; take them over, and put ``trained`` weights in their place.
+
+        Where there are none the averages begin with the model's weights.
+        """
+        for name, weight in self.weights.items():
+            self.averages[name].copy_(weight)
+            if trained:
+                weight.copy_(trained[name])
+
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by the names of their parameters."""
         return dict(self.averages)

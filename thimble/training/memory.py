@@ -8,7 +8,7 @@ autograd keeps and whatever an operation needs beside it is counted as it happen
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,8 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from thimble.config.schema import Config
+from thimble.models import interop
 from thimble.models.causal_lm import CausalLM
+from thimble.models.recursive import RecursiveLM
 from thimble.objectives import linear_cross_entropy
+from thimble.objectives.act import ACT, empty_carry
 from thimble.objectives.next_token import NextToken
 from thimble.training.optimizer import make_optimizer
 
@@ -108,15 +111,16 @@ def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
     shape = (training.micro_batch_size, training.sequence_length)
     passes = min(training.gradient_accumulation_steps, 2)
     with _chunks_of(device_type), FakeTensorMode(), Allocations() as count:
-        model = CausalLM(config.model)
+        model = interop.new_model(config.model)
         model.compute_dtype = dtype
         model.checkpoint_activations = training.checkpoint_activations
         weights = count.live
-        objective, optimizer = NextToken(model), make_optimizer(model, config.optim)
+        optimizer = make_optimizer(model, config.optim)
         ids = torch.zeros(shape, dtype=torch.int64)
+        run = _pass(config, model, ids)
         for step in range(2):  # the optimizer's state is there from the second step on
             for _ in range(passes):
-                objective(ids, ids).backward()
+                run().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step == 0:
@@ -130,6 +134,20 @@ def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
     logits += ids.numel() * width * dtype.itemsize
     parts = Memory(weights, gradients if passes > 1 else 0, state, 0, logits)
     return replace(parts, activations=max(count.peak - parts.total, 0))
+
+
+def _pass(
+    config: Config, model: CausalLM | RecursiveLM, ids: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """One micro-batch of the objective; of deep supervision with every position labelled."""
+    if isinstance(model, CausalLM):
+        objective = NextToken(model)
+        return lambda: objective(ids, ids)
+    options = config.objective
+    act = ACT(model, form=options.form, per_sequence=options.per_sequence)
+    carry = empty_carry(model, *ids.shape)
+    positions = torch.zeros(ids.numel(), dtype=torch.int64)
+    return lambda: act(carry, where=(positions, positions))[1].mean()
 
 
 @contextmanager

@@ -11,23 +11,39 @@ from torch import Tensor, nn
 from thimble.config.schema import OptimConfig
 from thimble.models.layers import Linear
 from thimble.training import sharding
+from thimble.training.sparse_sign import SparseSignSGD
 
 # A quintic whose repeated application drives every singular value into about 0.7 .. 1.2 (Jordan et
 # al. 2024, https://kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Rate of the update number ``step`` (from 0): linear warm-up, cosine to ``min_lr_ratio``.
+def schedule(config: OptimConfig, step: int, total_steps: int, share: float = 0.0) -> float:
+    """What the update number ``step`` (from 0) multiplies the learning rate by: linear warm-up,
+    then cosine to ``min_lr_ratio``.
 
-    The first update has rate / warm-up, not zero; the last exactly ``min_lr_ratio`` of the peak.
+    The first update has 1 / warm-up, not zero; the last exactly ``min_lr_ratio``. ``share``: of the
+    data that has been given out, for a run that ends with them; whichever is further counts.
     """
-    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
     if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     last = max(total_steps - 1 - config.warmup_steps, 1)
-    done = min((step - config.warmup_steps) / last, 1.0)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    done = min(max((step - config.warmup_steps) / last, share), 1.0)
+    floor = config.min_lr_ratio
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_sparse_optimizer(model: nn.Module, config: OptimConfig) -> SparseSignSGD | None:
+    """For the embeddings with sparse gradients, which ``make_optimizer`` leaves out; None when
+    there are none."""
+    weights: list[nn.Parameter] = [
+        module.weight  # type: ignore[misc]
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.sparse
+    ]
+    if not weights:
+        return None
+    return SparseSignSGD(weights, config.puzzle_emb_lr, config.puzzle_emb_weight_decay)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

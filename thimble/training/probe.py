@@ -76,11 +76,11 @@ def main() -> None:
     """Read a configuration from standard input, take steps, print what they took."""
     from thimble.training.distributed import Processes
     from thimble.training.loop import Trainer
-    from thimble.training.plan import training_tokens
+    from thimble.training.data import open_data
 
     config = Config.model_validate_json(sys.stdin.read())
     device = devices.resolve_device(config.device)
-    trainer = Trainer(config, training_tokens(config), device, Processes())
+    trainer = Trainer(config, open_data(config), device, Processes())
     devices.reset_peak_memory(device)
     seconds = []
     for _ in range(1 + STEPS):
