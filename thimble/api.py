@@ -16,6 +16,7 @@ from thimble.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from thimble.conversations.build import Built
+    from thimble.corpora.download import Downloads
     from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
     from thimble.evaluation.evaluate import Evaluation, Selection
@@ -60,6 +61,24 @@ def build_corpus(
         workers=workers,
         seed=seed,
     )
+
+
+def download_data(
+    plan: str = "poc",
+    categories: Sequence[str] = (),
+    *,
+    output: PathLike = "data/distillation",
+    dry_run: bool = False,
+    status: bool = False,
+) -> Downloads:
+    """Fetch the data sets of a plan (``poc`` or ``curriculum``) from the hub as JSONL files.
+
+    What is there already is kept, what was begun goes on. ``status`` only says what is there,
+    ``dry_run`` asks the hub for sizes and licences, too.
+    """
+    from thimble.corpora.download import download
+
+    return download(plan, categories, output, dry_run=dry_run, status=status)
 
 
 def build_tokens(

@@ -11,6 +11,7 @@ from thimble import api
 from thimble.command import (
     conversations_app,
     corpus_app,
+    data_app,
     puzzles_build_app,
     tokens_app,
     verb,
@@ -26,6 +27,25 @@ from thimble.words import (
     Workers,
     settings_of,
 )
+
+
+@verb(data_app, "download")
+def data_download(
+    plan: Annotated[str, typer.Option(help="poc, or curriculum.")] = "poc",
+    category: Annotated[
+        list[str] | None,
+        typer.Option(help="instruction_chat, code, math_reasoning or factual_qa only; repeatable."),
+    ] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder to write.")
+    ] = "data/distillation",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Ask the hub for sizes and licences, fetch nothing.")
+    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Only say what is there.")] = False,
+) -> Any:
+    """Fetch the data sets of a plan as JSONL; goes on where it was interrupted."""
+    return api.download_data(plan, category or (), output=output, dry_run=dry_run, status=status)
 
 
 @verb(corpus_app, "build")

@@ -34,6 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
 
     for name in (
         *("build_corpus", "build_tokens", "build_conversations", "plan", "train", "accept"),
+        *("download_data", "pack_tokens"),
         *("generate", "chat"),
         *("evaluate", "report", "doctor", "quickstart", "sweep", "quantize"),
         *("build_sudoku", "build_maze", "build_arc"),
@@ -59,6 +60,13 @@ def lines_to_paste(text: str) -> list[str]:
         ("corpus build --from a --from b", "build_corpus", (None,), {"sources": ["a", "b"]}),
         ("corpus build mine --from a -o c", "build_corpus", ("mine",), {"output": "c"}),
         ("corpus build x --workers 2 --seed 3", "build_corpus", ("x",), {"workers": 2, "seed": 3}),
+        ("data download", "download_data", ("poc", ()), {"output": "data/distillation"}),
+        (
+            "data download --plan curriculum --category code --category factual_qa --dry-run -o d",
+            "download_data",
+            ("curriculum", ["code", "factual_qa"]),
+            {"output": "d", "dry_run": True, "status": False},
+        ),
         ("tokens build x", "build_tokens", ("x",), {"vocab_size": None, "tokenizer": None}),
         ("tokens build x --vocab-size 9", "build_tokens", ("x",), {"vocab_size": 9}),
         ("tokens build x --tokenizer t.model", "build_tokens", ("x",), {"tokenizer": "t.model"}),
