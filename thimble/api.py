@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from thimble.quickstart import Quickstart
     from thimble.report import Report
     from thimble.sweep import Sweep
+    from thimble.tokens.packing import Packed
     from thimble.training import Run
     from thimble.training.forecast import Forecast
 
@@ -108,6 +109,19 @@ def build_tokens(
         tokenizer=tokenizer,
         workers=workers,
     )
+
+
+def pack_tokens(
+    source: PathLike, output: PathLike, *, max_seq_length: int = 8192, **options: Any
+) -> Packed:
+    """Pack text files, JSONL and parquet into chunks of one length, as parquet; returns the counts.
+
+    ``options``: ``recursive``, ``tokenizer``, ``val_ratio``, ``skip_existing``, ``force``,
+    ``workers``, as in ``thimble.tokens.packing.pack``.
+    """
+    from thimble.tokens.packing import pack
+
+    return pack(source, output, max_seq_length=max_seq_length, **options)
 
 
 def build_conversations(

@@ -94,6 +94,43 @@ def tokens_build(
     )
 
 
+@verb(tokens_app, "pack")
+def tokens_pack(
+    source: Annotated[
+        str, typer.Option("--input", help="Folder or file: JSONL, parquet, text; .gz, .zst, .xz.")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Of folders in the folder, too.")
+    ] = False,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a chunk.")] = 8192,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder, hub id or file; default: $LLAMA_TOKENIZER, or Llama 3.2."),
+    ] = None,
+    val_ratio: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of the documents held out.")
+    ] = 0.01,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Keep what is unchanged, as without it.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make all of it anew.")] = False,
+    workers: Workers = None,
+) -> Any:
+    """Cut documents end to end into chunks of one length, for distillation."""
+    return api.pack_tokens(
+        source,
+        output,
+        recursive=recursive,
+        max_seq_length=max_seq_length,
+        tokenizer=tokenizer,
+        val_ratio=val_ratio,
+        skip_existing=skip_existing,
+        force=force,
+        workers=workers,
+    )
+
+
 @verb(conversations_app, "build")
 def conversations_build(
     name: Annotated[

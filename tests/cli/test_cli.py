@@ -71,6 +71,19 @@ def lines_to_paste(text: str) -> list[str]:
         ("tokens build x --vocab-size 9", "build_tokens", ("x",), {"vocab_size": 9}),
         ("tokens build x --tokenizer t.model", "build_tokens", ("x",), {"tokenizer": "t.model"}),
         (
+            "tokens pack --input a --output b --recursive --skip-existing --max-seq-length 8192",
+            "pack_tokens",
+            ("a", "b"),
+            {"recursive": True, "skip_existing": True, "force": False, "max_seq_length": 8192}
+            | {"tokenizer": None, "val_ratio": 0.01},
+        ),
+        (
+            "tokens pack --input a -o b --force --tokenizer t --workers 2 --val-ratio 0.1",
+            "pack_tokens",
+            ("a", "b"),
+            {"force": True, "tokenizer": "t", "workers": 2, "val_ratio": 0.1, "recursive": False},
+        ),
+        (
             "conversations build x --tokenizer t --seq-len 64 --template chat -o d",
             "build_conversations",
             ("x",),

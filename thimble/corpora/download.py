@@ -2,7 +2,7 @@
 
 hub file -> records -> text -> <output>/<category>/<name>.jsonl
 
-What is being written has a hidden name beside it until it is whole. ``download.json`` says of each
+What is being written has a hidden name beside it until it is whole. ``.download.json`` says of each
 data set its commit and how far it is: the hub's file and the place in it, and how many bytes had
 been written then. Going on means cutting the file to these and reading from that place, so nothing
 comes twice and nothing is left out, however the last run ended.
@@ -34,7 +34,7 @@ from thimble.errors import (
     nearest,
 )
 
-LEDGER = "download.json"
+LEDGER = ".download.json"  # hidden, so that a folder of data sets has nothing but these
 MIN_CHARACTERS = 50  # of a sample; shorter ones are left out, and counted
 SAVE_SECONDS = 2.0
 TOGETHER = 500  # samples written at once
@@ -46,7 +46,7 @@ OFFLINE = (
 
 @dataclass
 class Progress:
-    """How far a data set is, as ``download.json`` keeps it."""
+    """How far a data set is, as ``.download.json`` keeps it."""
 
     spec: str = ""
     commit: str = ""
