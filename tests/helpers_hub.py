@@ -26,6 +26,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.break_after: list[int] = []  # bytes after which one of them ends
         self.stop_after: int | None = None  # files are not sent any more after so many answers
         self.sent = 0
+        self.gated: set[str] = set()
+        self.redirects = False  # files come from elsewhere, as from the hub's storage
 
     @property
     def url(self) -> str:
@@ -54,7 +56,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         hub.asked.append((path, self.headers.get("Range"), self.headers.get("Authorization")))
         api = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/revision/([^/]+)", path)
         file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        match = api or file
+        storage = re.fullmatch(r"/storage/([^/]+/[^/]+)/([^/]+)/(.+)", path)
+        match = api or file or storage
         if match is None:
             self.send_error(404)
             return
@@ -66,6 +69,14 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
         elif api:
             self.send(200, json.dumps(self.info(repository, found)).encode())
+        elif file and hub.redirects:
+            self.send_response(302)
+            port = hub.server_address[1]
+            self.send_header(
+                "Location", f"http://localhost:{port}/storage/{'/'.join(file.groups())}"
+            )
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif hub.busy:
             self.send_error(hub.busy.pop(0))
         elif hub.stop_after is not None and hub.sent >= hub.stop_after:
@@ -82,6 +93,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             "sha": commit_of(files),
             "siblings": [{"rfilename": name, "size": len(data)} for name, data in files.items()],
             "cardData": card,
+            "gated": "auto" if repository in self.server.gated else False,
         }
 
     def send(self, status: int, content: bytes, *, file: bool = False) -> None:

@@ -249,6 +249,19 @@ def test_a_connection_that_breaks_off_is_taken_up_again(
     assert [sample["text"] for sample in samples(tmp_path)] == TEXTS
 
 
+def test_storage_elsewhere_gets_the_range_and_not_the_token(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("us/qa", FILES["parquet"])
+    hub.redirects = True
+    plan(monkeypatch, qa=source())
+    download("poc", output=tmp_path)
+    assert [sample["text"] for sample in samples(tmp_path)] == TEXTS
+    storage = [(span, token) for path, span, token in hub.asked if path.startswith("/storage/")]
+    assert storage
+    assert all(span and token is None for span, token in storage)
+
+
 def test_two_at_once_in_one_folder_are_refused(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,11 +402,13 @@ def test_a_dry_run_shows_licences_and_sizes_and_writes_nothing(
 ) -> None:
     hub.add("us/qa", FILES["jsonl"])
     hub.licences["us/qa"] = ["cc-by-nc-4.0"]
+    hub.gated.add("us/qa")
     plan(monkeypatch, qa=source(), lost=source("us/lost"), gone=source("us/gone", gone="burnt"))
     found = download("poc", output=tmp_path / "d", dry_run=True)
     qa, lost, gone = found.rows
     assert (qa["licence"], qa["hub_licence"]) == ("mit", "cc-by-nc-4.0")
     assert qa["hub_bytes"] == sum(map(len, FILES["jsonl"].values()))
+    assert "HF_TOKEN" in qa["state"]
     assert "404" in lost["state"]
     assert gone["state"] == "cannot be had: burnt"
     assert not (tmp_path / "d").exists()

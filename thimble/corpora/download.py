@@ -51,6 +51,7 @@ class Progress:
     spec: str = ""
     commit: str = ""
     hub_licence: str | None = None
+    gated: bool = False
     files: list[str] = field(default_factory=list)
     hub_bytes: int | None = None
     file: int = 0  # of ``files``, and the place in it: a row of parquet, else a byte
@@ -248,6 +249,8 @@ def _table(plan: str, caps: dict[str, int], ledger: dict[str, Progress], output:
             state = "begun" if entry.spec == _spec(source) else "out of date"
         else:
             state = "not here"
+            if entry.gated:
+                state += "; accept its terms on its page, and set HF_TOKEN"
         rows.append(
             {
                 "name": name,
@@ -294,7 +297,7 @@ def _begin(name: str, output: Path) -> tuple[Progress, hub.Snapshot]:
         found = hub.snapshot(source.repository, revision, advice=OFFLINE.format(output=output))
         files = found.matching(pattern)
         if files:
-            entry = Progress(_spec(source), found.commit, found.licence, list(files))
+            entry = Progress(_spec(source), found.commit, found.licence, found.gated, list(files))
             entry.hub_bytes = sum(files.values())
             return entry, found
         has += list(found.files)

@@ -257,7 +257,11 @@ def _seal(
 ) -> dict[str, Any]:
     """The manifest over all parts; their files were hashed when they were written."""
     parts = {}
-    files: dict[str, Any] = {}
+    files: dict[str, Any] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": artifacts.sha256_file(path)}
+        for path in sorted(output.iterdir())  # the tokenizer's
+        if path.is_file() and not path.name.startswith(".") and path.name != artifacts.MANIFEST
+    }
     totals: dict[str, Any] = {s: Counter() for s in SPLITS} | {"empty": 0, "refused": 0}
     for unit in units:
         manifest = artifacts.read_manifest(output / unit.folder, PART, make="")

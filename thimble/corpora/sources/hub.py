@@ -67,6 +67,7 @@ class Snapshot:
     commit: str
     files: dict[str, int]
     licence: str | None
+    gated: bool  # only for those who agreed to its terms on its page
 
     def matching(self, pattern: str) -> dict[str, int]:
         found = fnmatch.filter(self.files, pattern)
@@ -98,6 +99,7 @@ def snapshot(repository: str, revision: str, *, advice: str) -> Snapshot:
             found["sha"],
             {entry["rfilename"]: int(entry["size"]) for entry in found["siblings"]},
             ", ".join(licence) if isinstance(licence, list) else licence,
+            bool(found.get("gated")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EnvironmentProblem(f"{url} answers with something else than a data set.") from error
