@@ -6,19 +6,29 @@ Errors are those of ``thimble.errors``.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thimble.api_data import (
+    build_arc,
+    build_conversations,
+    build_corpus,
+    build_maze,
+    build_sudoku,
+    build_tokens,
+    download_data,
+    pack_tokens,
+)
 from thimble.console import log
-from thimble.errors import ConfigError, DataError
+from thimble.errors import ConfigError
 
 if TYPE_CHECKING:
-    from thimble.conversations.build import Built
-    from thimble.corpora.download import Downloads
     from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
+    from thimble.evaluation.comparison import Comparison
     from thimble.evaluation.evaluate import Evaluation, Selection
     from thimble.evaluation.evaluate_recursive import RecursiveEvaluation
     from thimble.export.deployment import Export
@@ -27,199 +37,66 @@ if TYPE_CHECKING:
     from thimble.quickstart import Quickstart
     from thimble.report import Report
     from thimble.sweep import Sweep
-    from thimble.tokens.packing import Packed
     from thimble.training import Run
-    from thimble.training.forecast import Forecast
+    from thimble.training.forecast import Forecast, Stages
+
+__all__ = [
+    "accept",
+    "build_arc",
+    "build_conversations",
+    "build_corpus",
+    "build_maze",
+    "build_sudoku",
+    "build_tokens",
+    "chat",
+    "compare",
+    "doctor",
+    "download_data",
+    "evaluate",
+    "explain",
+    "export_bin",
+    "export_gguf",
+    "export_onnx",
+    "export_transformers",
+    "generate",
+    "inspect",
+    "load",
+    "pack_tokens",
+    "plan",
+    "quantize",
+    "quickstart",
+    "recipes",
+    "report",
+    "sweep",
+    "train",
+]
 
 PathLike = str | Path
 
 
-def build_corpus(
-    name: str | None = None,
-    *,
-    sources: Sequence[PathLike] = (),
-    scale: str = "quick",
-    output: PathLike | None = None,
-    workers: int | None = None,
-    seed: int = 1,
-) -> Path:
-    """Make clean, deduplicated documents; returns the corpus folder.
-
-    ``name`` is a corpus we know (``os_kernel``), ``sources`` are files and folders of your own.
-    """
-    from thimble import corpora
-
-    if not name and not sources:
-        raise ConfigError(
-            "What should the corpus be made of? A corpus we know, or files of your own:\n"
-            "  thimble corpus build os_kernel\n  thimble corpus build --from PATH"
-        )
-    return corpora.build(
-        name,
-        sources=tuple(Path(source) for source in sources),
-        scale=scale,
-        output=Path(output) if output else None,
-        workers=workers,
-        seed=seed,
-    )
-
-
-def download_data(
-    plan: str = "poc",
-    categories: Sequence[str] = (),
-    *,
-    output: PathLike = "data/distillation",
-    dry_run: bool = False,
-    status: bool = False,
-) -> Downloads:
-    """Fetch the data sets of a plan (``poc`` or ``curriculum``) from the hub as JSONL files.
-
-    What is there already is kept, what was begun goes on. ``status`` only says what is there,
-    ``dry_run`` asks the hub for sizes and licences, too.
-    """
-    from thimble.corpora.download import download
-
-    return download(plan, categories, output, dry_run=dry_run, status=status)
-
-
-def build_tokens(
-    corpus: PathLike,
-    *,
-    output: PathLike | None = None,
-    vocab_size: int | None = None,
-    tokenizer: str | None = None,
-    workers: int | None = None,
-) -> Path:
-    """Train or load a tokenizer and write the shards of a corpus; returns the tokens folder.
-
-    ``corpus`` is a corpus folder or the name of one in ``data/corpus``. Without ``tokenizer`` a
-    byte-level BPE of ``vocab_size`` entries (4096 unless given) is trained on the training split.
-    """
-    from thimble import tokens
-
-    if tokenizer is not None and vocab_size is not None:
-        raise ConfigError(
-            f"The tokenizer {tokenizer} has its own vocabulary, so vocab_size={vocab_size} cannot "
-            "hold as well. Leave one of them out."
-        )
-    return tokens.build(
-        find_corpus(corpus),
-        output=Path(output) if output else None,
-        vocab_size=vocab_size or 4096,
-        tokenizer=tokenizer,
-        workers=workers,
-    )
-
-
-def pack_tokens(
-    source: PathLike, output: PathLike, *, max_seq_length: int = 8192, **options: Any
-) -> Packed:
-    """Pack text files, JSONL and parquet into chunks of one length, as parquet; returns the counts.
-
-    ``options``: ``recursive``, ``tokenizer``, ``val_ratio``, ``skip_existing``, ``force``,
-    ``workers``, as in ``thimble.tokens.packing.pack``.
-    """
-    from thimble.tokens.packing import pack
-
-    return pack(source, output, max_seq_length=max_seq_length, **options)
-
-
-def build_conversations(
-    name: PathLike = "slimorca",
-    *,
-    tokenizer: PathLike | None = None,
-    output: PathLike | None = None,
-    workers: int | None = None,
-    **options: Any,
-) -> Built:
-    """Tokenize instruction data, with labels on the answers; returns where, counts and checks.
-
-    ``name``: ``slimorca`` or ``openorca`` (fetched), a corpus with conversations, or a file or
-    folder. ``tokenizer``: a path, or the variable LLAMA_TOKENIZER. ``options``: ``seq_len``,
-    ``subset_size``, ``test_ratio``, ``template``, ``system_message``, ``vocab_size``, ``data_dir``,
-    ``seed``, as in ``thimble.config.schema``.
-    """
-    from pydantic import ValidationError
-
-    from thimble.config.schema import DatasetConfig
-
-    path = None if tokenizer is None else str(tokenizer)
-    try:
-        config = DatasetConfig(name=str(name), tokenizer_path=path, **options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{key}={first['input']!r}: {first['msg']}.") from error
-    config.tokenizer()  # what is missing is said before anything is imported or read
-    from thimble.conversations.build import build
-
-    return build(config, output=output, workers=workers)
-
-
-def build_sudoku(output: PathLike | None = None, **options: Any) -> Path:
-    """Make a Sudoku data set, of files or generated; returns its folder (data/puzzles/sudoku).
-
-    ``options``: ``source``, ``generate``, ``generate_test``, ``size``, ``subsample_size``,
-    ``min_difficulty``, ``num_aug``, ``seed``, ``workers``, as in ``thimble.puzzles.sudoku.build``.
-    """
-    from thimble.puzzles import sudoku
-
-    return sudoku.build(output or "data/puzzles/sudoku", **options)
-
-
-def build_maze(output: PathLike | None = None, **options: Any) -> Path:
-    """Make a data set of mazes, of files or generated; returns its folder (data/puzzles/maze).
-
-    ``options``: ``source``, ``generate``, ``generate_test``, ``size``, ``subsample_size``, ``aug``,
-    ``seed``, ``workers``, as in ``thimble.puzzles.maze.build``.
-    """
-    from thimble.puzzles import maze
-
-    return maze.build(output or "data/puzzles/maze", **options)
-
-
-def build_arc(output: PathLike | None = None, *, input_file_prefix: str, **options: Any) -> Path:
-    """Make an ARC data set from the combined files; returns its folder (data/puzzles/arc).
-
-    ``options``: ``subsets``, ``test_set_name``, ``num_aug``, ``seed``, ``workers``, as in
-    ``thimble.puzzles.arc.build``.
-    """
-    from thimble.puzzles import arc
-
-    return arc.build(output or "data/puzzles/arc", input_file_prefix=input_file_prefix, **options)
-
-
-def find_corpus(corpus: PathLike) -> Path:
-    """The folder of a corpus given as a path, or by the name it has in ``data/corpus``."""
-    path, home = Path(corpus), Path("data/corpus")
-    if path.exists() or path.is_absolute() or len(path.parts) > 1:
-        return path
-    found = [folder for folder in sorted(home.glob("*")) if folder.name == str(path)] or [
-        folder for folder in sorted(home.glob("*")) if folder.name.startswith(f"{path}-")
-    ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        lines = "".join(f"\n  thimble tokens build {folder}" for folder in found)
-        raise ConfigError(f"There are {len(found)} corpora named {corpus}. Choose one:{lines}")
-    raise DataError(
-        f"There is no corpus {corpus} in {home}. Make it with:\n  thimble corpus build {corpus}"
-    )
-
-
-def plan(recipe: PathLike, *overrides: str, measure: bool = True, **nested: Any) -> Forecast:
+def plan(
+    recipe: PathLike, *overrides: str, measure: bool = True, **nested: Any
+) -> Forecast | Stages:
     """What a run would need and take, before it is started: tokens, memory, hours, cost.
 
-    ``measure``: take a few real steps on this machine, for its speed and its memory.
+    Names of more recipes before the overrides are stages that follow, each from the weights of the
+    one before, and their sum is given; the overrides hold for all. ``measure``: take a few real
+    steps on this machine, for its speed and its memory. Nothing is fetched for it: of
+    conversations that are not here the number is taken from their documents.
     """
     from thimble.config.load import load as load_config
+    from thimble.config.load import recipe_names
 
-    config = load_config(recipe, overrides, nested)
+    more = list(itertools.takewhile(recipe_names().__contains__, overrides))
+    rest = overrides[len(more) :]
+    configs = [load_config(name, rest, nested) for name in (recipe, *more)]
     # What is heavy comes after the check of what was typed.
     from thimble.training.data import ready
-    from thimble.training.forecast import forecast
+    from thimble.training.forecast import Stages, forecast
+    from thimble.training.plan import is_away
 
-    return forecast(ready(config), measure=measure)
+    found = [forecast(each if is_away(each) else ready(each), measure=measure) for each in configs]
+    return Stages(found) if more else found[0]
 
 
 def train(
@@ -302,6 +179,36 @@ def sweep(
     from thimble.sweep import sweep as run_all
 
     return run_all(recipe, overrides, nested, resume)
+
+
+def compare(
+    recipe: PathLike | None = None,
+    *overrides: str,
+    run: PathLike | None = None,
+    retry: int = 0,
+    subset_size: int | None = None,
+    **nested: Any,
+) -> Comparison:
+    """Train a recursive recipe and plain transformers beside it; one table of the test split.
+
+    The plain ones have the recursive model's computation, and its parameters, and as many updates.
+    ``run``: a recursive run in place of a recipe, finished or not; only what is missing is trained.
+    ``retry`` as in ``train``, ``subset_size`` as in ``evaluate``. The result is kept as
+    ``comparison.json`` in the recursive run, where ``report`` finds it.
+    """
+    if (recipe is None) == (run is None) or (run is not None and (overrides or nested)):
+        raise ConfigError(
+            "Give a recursive recipe, or a run to compare or to go on with. For example:\n"
+            "  thimble compare instruct_os\n  thimble compare --run runs/instruct_os/<time>-<slug>"
+        )
+    from thimble.config.load import load as load_config
+
+    if recipe is not None:
+        load_config(recipe, overrides, nested)
+    # What is heavy comes after the check of what was typed.
+    from thimble.compare import compare as run_all
+
+    return run_all(recipe, overrides, nested, run=run, retry=retry, subset_size=subset_size)
 
 
 def load(path: PathLike, device: str = "auto", *, seq_len: int | None = None) -> Model:

@@ -11,7 +11,7 @@ import pytest
 
 import thimble
 from tests.helpers_cli import SMALL, Command, make_corpus
-from thimble import api
+from thimble import api, api_data
 from thimble.artifacts import sha256_file
 from thimble.config.load import load, load_run
 from thimble.errors import ConfigError, DataError
@@ -181,16 +181,16 @@ def test_a_corpus_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     home = Path("data/corpus")
     with pytest.raises(DataError, match="thimble corpus build os_kernel"):
-        api.find_corpus("os_kernel")
+        api_data.find_corpus("os_kernel")
     (home / "os_kernels-quick").mkdir(parents=True)
     (home / "os_kernel-quick").mkdir()
-    assert api.find_corpus("os_kernel") == home / "os_kernel-quick"
+    assert api_data.find_corpus("os_kernel") == home / "os_kernel-quick"
     (home / "os_kernel-full").mkdir()
     with pytest.raises(ConfigError, match="thimble tokens build data/corpus/os_kernel-full"):
-        api.find_corpus("os_kernel")
-    assert api.find_corpus("os_kernel-full") == home / "os_kernel-full"
-    assert api.find_corpus(home / "os_kernel-full") == home / "os_kernel-full"
-    assert api.find_corpus("elsewhere/x") == Path("elsewhere/x")
+        api_data.find_corpus("os_kernel")
+    assert api_data.find_corpus("os_kernel-full") == home / "os_kernel-full"
+    assert api_data.find_corpus(home / "os_kernel-full") == home / "os_kernel-full"
+    assert api_data.find_corpus("elsewhere/x") == Path("elsewhere/x")
 
 
 def test_a_barely_trained_model_is_not_accepted_and_the_status_says(

@@ -19,7 +19,7 @@ from thimble.models.attention import Attention, KVCache
 from thimble.models.layers import Linear, RMSNorm, SwiGLU, rotary_table
 
 if TYPE_CHECKING:
-    from thimble.config.schema import ModelConfig
+    from thimble.config.model import ModelConfig
 
 
 class Block(nn.Module):

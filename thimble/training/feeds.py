@@ -31,7 +31,7 @@ class Feed(Protocol):
     def place(self) -> int: ...
 
     def take(self, count: int) -> np.ndarray:
-        """The numbers of the next ``count`` examples; fewer, at last none, at the end of the run."""
+        """The numbers of the next ``count`` examples; at the end of the run fewer, at last none."""
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """How many positions these examples have, int64 [N]."""
@@ -81,7 +81,8 @@ class ConversationFeed:
         return rows, batch.lengths
 
     def width(self, longest: int) -> int:
-        return min(-(-longest // MULTIPLE) * MULTIPLE, self.data.seq_len)
+        # A process that has no example left computes with the others all the same.
+        return min(-(-max(longest, 1) // MULTIPLE) * MULTIPLE, self.data.seq_len)
 
     def cursor(self) -> dict[str, Any]:
         return {"place": self.batches.place}

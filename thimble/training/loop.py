@@ -24,16 +24,19 @@ from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, GuardStop, Interrupted
 from thimble.models import interop
+from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import checkpoint, devices, guards, sharding
 from thimble.training.data import open_data
-from thimble.training.distributed import Processes, ProcessFailed
+from thimble.training.distributed import Processes, ProcessFailed, data_parallel
 from thimble.training.ema import EMA
 from thimble.training.loggers import Loggers
-from thimble.training.optimizer import make_optimizer, make_sparse_optimizer, schedule
+from thimble.training.optimizer import freeze, make_optimizer, make_sparse_optimizer, schedule
 from thimble.training.panel import Panel
 from thimble.training.run import Run, RunFolder
 from thimble.training.signals import StopRequest
 from thimble.training.task import make_task
+
+REMEMBERED = 1000  # steps
 
 
 def train(config: Config, resume: str | Path | None = None) -> Run:
@@ -93,7 +96,9 @@ class Trainer:
         self.model.compute_dtype = devices.resolve_precision(config.precision, device)
         self.model.checkpoint_activations = config.training.checkpoint_activations
         if config.training.load_checkpoint is not None:
-            self.begin_with(config.training.load_checkpoint)
+            checkpoint.begin_with(self.model, config.training.load_checkpoint)
+        if config.optim.freeze_weights:
+            freeze(self.model)
         # Nothing here draws from the global generators; seeded, a library below that does repeats.
         torch.manual_seed(config.seed)
         np.random.seed(config.seed % 2**32)
@@ -102,13 +107,15 @@ class Trainer:
         if not self.sharded:
             self.model.to(device)
         self.task = make_task(config, data, self.model, device, processes, sharded=self.sharded)
+        if config.training.load_checkpoint is not None:
+            self.check_words(config.training.load_checkpoint)
         self.objective: torch.nn.Module = self.task.objective
         if self.sharded:
             sharding.shard(self.objective, device, processes.count, compiled=self.task.compiled)
         elif processes.count > 1:
-            self.objective = DistributedDataParallel(self.objective)
+            self.objective = data_parallel(self.objective)
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.sparse = make_sparse_optimizer(self.model, config.optim)
+        self.sparse = make_sparse_optimizer(self.model, config.optim, processes)
         updated = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         # Embeddings of puzzles are neither clipped nor averaged: few of them are in a batch.
         named = [(n, p) for n, p in self.model.named_parameters() if id(p) in updated]
@@ -122,24 +129,27 @@ class Trainer:
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.stop_request = StopRequest(several=processes.count > 1)
+        self.places: dict[int, int] = {}  # in the data, before each of the last steps
 
-    def begin_with(self, path: str) -> None:
-        """Take the weights of another run's checkpoint; its optimizer and place stay behind."""
-        directory = checkpoint.resolve(path)
-        if interop.read_config(directory) != self.model.config:
+    def check_words(self, path: str) -> None:
+        """Refuse weights that know other words by the same ids."""
+        directory, ours = checkpoint.resolve(path), self.task.tokenizer
+        if ours is None or not any(directory.glob("tokenizer*")):
+            return
+        if load_tokenizer(directory).fingerprint != ours.fingerprint:
             raise DataError(
-                f"{directory} holds another model than the one configured, so it cannot begin with "
-                "its weights. Use the model keys it was trained with; `thimble inspect` shows them."
+                f"{directory} was trained with another tokenizer than that of "
+                f"{self.config.data.path}: its weights would read other words. Make the data with "
+                f"the checkpoint's own:\n  dataset.tokenizer_path={directory}"
             )
-        interop.load_native_tensors(self.model, interop.read_tensors(directory), directory)
-        log.info("beginning with the weights of %s", directory)
 
     # --- the step
 
     def step(self) -> None:
         """One update from one global batch; leaves loss and gradient norm on the device."""
         state, config = self.state, self.config
-        self.before = state.windows
+        self.places[state.step] = state.windows
+        self.places.pop(state.step - REMEMBERED, None)
         pieces = self.task.micro_batches(state)
         loss = torch.zeros((), device=self.device)
         for number, piece in enumerate(pieces, 1):
@@ -154,7 +164,7 @@ class Trainer:
 
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.grad_clip)
-        self.norm = sharding.whole(norm)
+        self.norm = sharding.whole(norm).to(self.device)  # without gradients it is on the host
         half = self.scaler.is_enabled()
         skip = self.guard.observe(state.step, loss, self.norm, half)
         factor = schedule(config.optim, state.step, self.task.max_steps, self.task.share(state))
@@ -170,7 +180,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.sparse is not None:
             self.sparse.param_groups[0]["lr"] = config.optim.puzzle_emb_lr * factor
-            self.sparse.found_inf = skip  # type: ignore[attr-defined]
+            # Under a scaler the update of all weights is skipped when one gradient is infinite.
+            overflow = ~torch.isfinite(self.norm)
+            self.sparse.found_inf = torch.maximum(skip, overflow.float())  # type: ignore[attr-defined]
             self.sparse.step()
             self.sparse.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -387,7 +399,6 @@ class Trainer:
         self.clock = time.perf_counter()
 
     def resume(self, folder: RunFolder, given: Path) -> None:
-        self.before = 0
         if not checkpoint.steps(folder.checkpoints):
             log.info("%s has no checkpoint yet and begins anew.", folder.path)
             if self.processes.main:
@@ -427,15 +438,12 @@ class Trainer:
     def stop(self, verdict: guards.Verdict) -> None:
         """End the run; checkpoints and pointers stay as they are."""
         latest = self.folder.pointed("latest")
-        # On a GPU the host may learn of a bad step a few steps later.
-        batch = self.state.windows - self.before
-        place = self.state.windows - (self.state.step - verdict.step) * batch
         event = {
             "event": "guard",
             "kind": verdict.kind,
             "step": verdict.step,
             "reason": verdict.reason,
-            "windows": [place, place + batch],
+            "windows": self.windows_of(verdict.step),
         }
         if self.processes.main:
             self.folder.append(event)
@@ -444,6 +452,14 @@ class Trainer:
         )
         message = f"Stopped at step {verdict.step:,}: {verdict.reason}. {good} {verdict.advice}"
         raise GuardStop(message, self.folder.path, event)
+
+    def windows_of(self, step: int) -> list[int]:
+        """What this step took from the data, or the last one before it that took anything:
+        [first, end) in their order. On a GPU the host may learn of a bad step a few steps later."""
+        first = end = self.places.get(step + 1, self.state.windows)
+        while first == end and step in self.places:
+            first, step = self.places[step], step - 1
+        return [first, end]
 
     def leave(self) -> None:
         step = self.state.step
