@@ -19,6 +19,8 @@ from thimble.api_data import (
     build_maze,
     build_sudoku,
     build_tokens,
+    download_data,
+    pack_tokens,
 )
 from thimble.console import log
 from thimble.errors import ConfigError
@@ -49,6 +51,7 @@ __all__ = [
     "chat",
     "compare",
     "doctor",
+    "download_data",
     "evaluate",
     "explain",
     "export_bin",
@@ -58,6 +61,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "pack_tokens",
     "plan",
     "quantize",
     "quickstart",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from thimble.config.section import Fraction, Section
 
+Horizon = Annotated[float, Field(gt=1)]
 # Keys of ModelConfig that mean something for ``schedule: recursive`` only.
 RECURSIVE_KEYS = frozenset(
     {
@@ -34,9 +35,10 @@ RECURSIVE_KEYS = frozenset(
 class ModelConfig(Section):
     """Shape of the model: embedding, blocks of a mixer and SwiGLU, head."""
 
-    mixer: Literal["attention", "mlp"] = Field(
+    mixer: Literal["attention", "retention", "mlp"] = Field(
         default="attention",
-        description="How positions exchange values. mlp: SwiGLU over a fixed number of positions, "
+        description="How positions exchange values. retention: linear time, and a memory of fixed "
+        "size however long the text (RetNet); mlp: SwiGLU over a fixed number of positions, "
         "which sees the future, so for puzzles.",
     )
     schedule: Literal["once", "recursive"] = Field(
@@ -71,6 +73,22 @@ class ModelConfig(Section):
         gt=0,
         description="Standard deviation of the initial weights; a recursive model's is "
         "1/sqrt(inputs).",
+    )
+    value_head_dim: int | None = Field(
+        default=None,
+        ge=1,
+        description="Retention: width of one head's values; null: head_dim. Twice head_dim is the "
+        "paper's.",
+    )
+    retention_horizons: Annotated[list[Horizon], Field(min_length=2, max_length=2)] = Field(
+        default=[32.0, 65536.0],
+        description="Retention: positions over which the fastest and the slowest head forget, "
+        "1 / (1 - gamma); those between are spaced by equal factors.",
+    )
+    retention_chunk: int = Field(
+        default=64,
+        ge=1,
+        description="Retention: positions computed at once; the result does not depend on it.",
     )
     causal: bool = Field(
         default=True, description="A position sees only itself and those before it."
@@ -159,6 +177,29 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_retention(self) -> ModelConfig:
+        if self.mixer != "retention":
+            return self
+        heads = self.num_attention_heads
+        if self.num_key_value_heads != heads:
+            raise ValueError(
+                "model.mixer=retention has a memory for each head, so keys and values are not "
+                f"shared. Use:\n  model.num_key_value_heads={heads}"
+            )
+        fastest, slowest = self.retention_horizons
+        if slowest < fastest:
+            raise ValueError(
+                f"model.retention_horizons=[{fastest:g},{slowest:g}] must grow. Use:\n"
+                f"  model.retention_horizons=[{slowest:g},{fastest:g}]"
+            )
+        if not self.causal:
+            raise ValueError(
+                "model.mixer=retention sees only the past. Use one of:\n"
+                "  model.causal=true\n  model.mixer=attention"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_schedule(self) -> ModelConfig:
         if self.mixer == "mlp" and self.causal:
             raise ValueError(
@@ -232,6 +273,11 @@ class ModelConfig(Section):
         return prefix + self.max_position_embeddings
 
     @property
+    def value_width(self) -> int:
+        """Width of the values of one head of retention."""
+        return self.value_head_dim or self.head_dim
+
+    @property
     def mlp_mixer_width(self) -> int:
         """Inner width of the mlp mixer: 8/3 of the positions, in whole 256s, as TRM has it."""
         return -(-round(self.num_positions * 8 / 3) // 256) * 256
@@ -258,6 +304,8 @@ class ModelConfig(Section):
         mixer = width * head_width * heads
         if self.mixer == "mlp":
             mixer = 3 * self.num_positions * self.mlp_mixer_width
+        elif self.mixer == "retention":  # q, k; v, gate, output
+            mixer = self.num_attention_heads * width * (2 * head_width + 3 * self.value_width)
         block = mixer + 3 * width * self.intermediate_size
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
         if self.schedule == "recursive":

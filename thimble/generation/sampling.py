@@ -1,4 +1,4 @@
-"""Sampling: from logits to the next token, one token at a time over a key/value cache."""
+"""Sampling: from logits to the next token, one token at a time over the layers' states."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from thimble.errors import ConfigError
-from thimble.models.attention import KVCache
-from thimble.models.causal_lm import CausalLM
+from thimble.models.causal_lm import CausalLM, LayerState
 from thimble.models.recursive import RecursiveLM
 
 Network = CausalLM | RecursiveLM
@@ -83,22 +82,22 @@ def generate_ids(
     """Yield up to ``max_tokens`` ids that follow ``prompt``, ending before an id in ``stop``.
 
     When the context is full its older half is forgotten and the rest read again, so generation can
-    go on beyond the context at the price of that memory.
+    go on beyond the context at the price of that memory. Retention has no end to its context.
 
     ``form``: the cross-entropy that the model was trained with, softmax or stablemax. ``watch`` is
     called with each token, also with the one that stops.
 
     A recursive model thinks the same number of ``steps`` about every token; by default as many as
-    its halting head asks for at the end of the prompt. Given that number the caches are exact. What
+    its halting head asks for at the end of the prompt. Given that number the states are exact. What
     is approximated is the number itself: each further token might have asked for another one.
     """
     generator = torch.Generator().manual_seed(seed)
     context = model.config.max_position_embeddings
     device = model.embedding.weight.device
     ids = list(prompt)
-    feed = ids[-context:]
+    feed = ids if model.config.mixer == "retention" else ids[-context:]
     capacity = min(context, len(feed) + max_tokens)
-    state: list[KVCache] = []
+    state: Sequence[LayerState] = []
     for _ in range(max_tokens):
         if state and state[0].length + len(feed) > state[0].capacity:
             feed, capacity, state = ids[-(context // 2) :], context, []
@@ -121,15 +120,15 @@ def generate_ids(
 
 def read(
     model: Network, ids_1t: Tensor, capacity: int, steps: int | None = None
-) -> tuple[Tensor, list[KVCache], int | None]:
-    """Read a prompt [1, T]: its hidden states [1, T, D], its caches, the supervision steps taken.
+) -> tuple[Tensor, Sequence[LayerState], int | None]:
+    """Read a prompt [1, T]: its hidden states [1, T, D], its states, the supervision steps taken.
 
     Without ``steps`` those are as many as the halting head asks for at the prompt's last position,
     which has seen all of it: where it was asked in training (of several turns at the first answer
     alone). None for a stack that runs once.
     """
     if not isinstance(model, RecursiveLM):
-        state = model.new_state(1, capacity)
+        state: Sequence[LayerState] = model.new_state(1, capacity)
         return model.hidden(ids_1t, state), state, None
     state = model.new_state(1, capacity, steps=steps)
     last = torch.tensor([ids_1t.shape[1] - 1], device=ids_1t.device)

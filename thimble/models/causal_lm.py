@@ -7,7 +7,8 @@ runs are two independent choices of the configuration; ``recursive.py`` has the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from thimble.errors import ConfigError
 from thimble.models.attention import Attention, KVCache
-from thimble.models.layers import Linear, RMSNorm, SwiGLU, rotary_table
+from thimble.models.layers import Linear, RMSNorm, SwiGLU, rotary_rows, rotary_table
+from thimble.models.retention import Retention, RetentionState
 
 if TYPE_CHECKING:
     from thimble.config.model import ModelConfig
+
+# What a layer keeps of the positions it has seen.
+LayerState = KVCache | RetentionState
 
 
 class Block(nn.Module):
@@ -28,23 +33,35 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.mixer: Any  # Attention or Retention
+        if config.mixer == "retention":
+            self.mixer = Retention(config)
+        else:
+            self.mixer = Attention(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.head_dim,
+            )
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_btd: Tensor, rope_2tc: Tensor, state: KVCache | None = None) -> Tensor:
-        mixed, _ = self.mixer(self.mixer_norm(x_btd), rope_2tc, state)
+    def forward(
+        self,
+        x_btd: Tensor,
+        rope_2tc: Tensor,
+        state: LayerState | None = None,
+        starts_bt: Tensor | None = None,
+    ) -> Tensor:
+        documents = () if starts_bt is None else (starts_bt,)
+        mixed, _ = self.mixer(self.mixer_norm(x_btd), rope_2tc, state, *documents)
         x_btd = x_btd + mixed
         return x_btd + self.mlp(self.mlp_norm(x_btd))
 
 
 class CausalLM(nn.Module):
-    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+    """A decoder-only model: RMSNorm, rotary positions, grouped-query attention (or retention),
+    SwiGLU.
 
     Parameters are float32; ``compute_dtype`` is what activations and products run in. The head
     shares the embedding's weight when ``tie_word_embeddings`` is set. With
@@ -93,27 +110,47 @@ class CausalLM(nn.Module):
         """Parameters, the tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def new_state(self, batch: int, capacity: int | None = None) -> list[KVCache]:
-        """Empty caches for ``batch`` sequences of ``capacity`` (default: context) positions."""
+    def new_state(self, batch: int, capacity: int | None = None) -> Sequence[LayerState]:
+        """Nothing seen yet, for ``batch`` sequences of ``capacity`` (default: context) positions.
+
+        Retention's states have no end; ``capacity`` means nothing to them.
+        """
         config = self.config
+        if config.mixer == "retention":
+            return [m.new_state(batch) for m in self.modules() if isinstance(m, Retention)]
         like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
         length = min(capacity or config.max_position_embeddings, config.max_position_embeddings)
         heads, size = config.num_key_value_heads, config.head_dim
         return [KVCache(batch, heads, length, size, like) for _ in self.blocks]
 
-    def hidden(self, ids_bt: Tensor, state: list[KVCache] | None = None) -> Tensor:
-        """Token ids [B, T] -> normalised hidden states [B, T, D] in ``compute_dtype``."""
+    def hidden(
+        self,
+        ids_bt: Tensor,
+        state: Sequence[LayerState] | None = None,
+        starts_bt: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids [B, T] -> normalised hidden states [B, T, D] in ``compute_dtype``.
+
+        ``starts`` [B, T] is true where a document begins, which then sees nothing of those before
+        it. Only retention has that.
+        """
+        assert starts_bt is None or self.config.mixer == "retention"
         past = state[0].length if state else 0
-        rope = self.rope_2tc[:, past : past + ids_bt.shape[1]]
+        rope = rotary_rows(self.rope_2tc, past, ids_bt.shape[1], self.config.rope_theta)
         x = F.embedding(ids_bt, self.embedding.weight).to(self.compute_dtype)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             if recompute:
-                x = checkpoint(block, x, rope, use_reentrant=False)
+                x = checkpoint(block, x, rope, None, starts_bt, use_reentrant=False)
             else:
-                x = block(x, rope, state[index] if state else None)
+                x = block(x, rope, state[index] if state else None, starts_bt)
         return self.norm(x)
 
-    def forward(self, ids_bt: Tensor, state: list[KVCache] | None = None) -> Tensor:
-        """Token ids [B, T] -> float32 logits [B, T, vocabulary]."""
-        return self.head(self.hidden(ids_bt, state)).float()
+    def forward(
+        self,
+        ids_bt: Tensor,
+        state: Sequence[LayerState] | None = None,
+        starts_bt: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids [B, T] -> float32 logits [B, T, vocabulary]; see ``hidden``."""
+        return self.head(self.hidden(ids_bt, state, starts_bt)).float()

@@ -44,16 +44,24 @@ def plain_norm(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, eps)
 
 
-def rotary_table(length: int, head_dim: int, theta: float) -> Tensor:
-    """cos and sin of every position as one float32 tensor [2, T, C] (RoFormer, arXiv:2104.09864).
+def rotary_table(length: int, head_dim: int, theta: float, start: int = 0) -> Tensor:
+    """cos and sin of ``length`` positions from ``start`` on as one float32 tensor [2, T, C]
+    (RoFormer, arXiv:2104.09864).
 
     The two halves of a head are rotated against each other, as transformers does it, so that
     weights carry over without permutation. The sine of the first half has its sign already.
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).float()
+
+
+def rotary_rows(table_2tc: Tensor, past: int, time: int, theta: float) -> Tensor:
+    """The rows [2, time, C] of positions from ``past`` on; those beyond the table are made anew."""
+    if past + time <= table_2tc.shape[1]:
+        return table_2tc[:, past : past + time]
+    return rotary_table(time, table_2tc.shape[2], theta, past).to(table_2tc.device)
 
 
 def rotate(x_bhtc: Tensor, rope_2tc: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ Shapes: B batch, T tokens, P positions of the puzzle's embedding before them, S 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +40,9 @@ from torch.utils.checkpoint import checkpoint
 
 from thimble.errors import ConfigError
 from thimble.models.attention import Attention, KVCache
-from thimble.models.layers import Linear, SwiGLU, plain_norm, rotary_table
+from thimble.models.causal_lm import LayerState
+from thimble.models.layers import Linear, SwiGLU, plain_norm, rotary_rows, rotary_table
+from thimble.models.retention import Retention
 
 if TYPE_CHECKING:
     from thimble.config.model import ModelConfig
@@ -99,6 +101,8 @@ class RecursiveBlock(nn.Module):
         self.mixer: nn.Module
         if config.mixer == "mlp":
             self.mixer = SequenceMLP(config.num_positions, config.mlp_mixer_width)
+        elif config.mixer == "retention":
+            self.mixer = Retention(config)
         else:
             self.mixer = Attention(
                 config.hidden_size,
@@ -111,12 +115,19 @@ class RecursiveBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.pre_norm, self.eps = config.pre_norm, config.rms_norm_eps
 
-    def forward(self, x_bsd: Tensor, rope_2sc: Tensor, state: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_bsd: Tensor,
+        rope_2sc: Tensor,
+        state: LayerState | None = None,
+        starts_bs: Tensor | None = None,
+    ) -> Tensor:
+        documents = () if starts_bs is None else (starts_bs,)
         if self.pre_norm:
-            mixed, _ = self.mixer(plain_norm(x_bsd, self.eps), rope_2sc, state)
+            mixed, _ = self.mixer(plain_norm(x_bsd, self.eps), rope_2sc, state, *documents)
             x_bsd = x_bsd + mixed
             return x_bsd + self.mlp(plain_norm(x_bsd, self.eps))
-        mixed, _ = self.mixer(x_bsd, rope_2sc, state)
+        mixed, _ = self.mixer(x_bsd, rope_2sc, state, *documents)
         x_bsd = plain_norm(x_bsd + mixed, self.eps)
         return plain_norm(x_bsd + self.mlp(x_bsd), self.eps)
 
@@ -134,15 +145,16 @@ class Stack(nn.Module):
         z_bsd: Tensor,
         injected_bsd: Tensor,
         rope_2sc: Tensor,
-        caches: list[KVCache] | None,
+        caches: Sequence[LayerState] | None,
         recompute: bool,
+        starts_bs: Tensor | None = None,
     ) -> Tensor:
         z = z_bsd + injected_bsd
         for index, block in enumerate(self.blocks):
             if recompute:
-                z = checkpoint(block, z, rope_2sc, use_reentrant=False)
+                z = checkpoint(block, z, rope_2sc, None, starts_bs, use_reentrant=False)
             else:
-                z = block(z, rope_2sc, caches[index] if caches else None)
+                z = block(z, rope_2sc, caches[index] if caches else None, starts_bs)
         return plain_norm(z, self.eps) if self.pre_norm else z
 
 
@@ -274,11 +286,13 @@ class RecursiveLM(nn.Module):
         z: Latents,
         x_bsd: Tensor,
         rope_2sc: Tensor | None = None,
-        caches: list[KVCache] | None = None,
+        caches: Sequence[LayerState] | None = None,
+        starts_bs: Tensor | None = None,
     ) -> Latents:
         """All cycles once; gradients go through the last ``bp_cycles`` of them.
 
-        ``caches`` are those of this supervision step, ``blocks_per_step`` of them.
+        ``caches`` are those of this supervision step, ``blocks_per_step`` of them. ``starts``, of
+        retention: where documents begin.
         """
         config = self.config
         rope = self.rope_2sc[:, : x_bsd.shape[1]] if rope_2sc is None else rope_2sc
@@ -296,11 +310,11 @@ class RecursiveLM(nn.Module):
                 kept = left <= config.bp_cycles or last_call
                 with torch.set_grad_enabled(wanted and kept):
                     injected = self._injected(z_H, x_bsd)
-                    z_L = low(z_L, injected, rope, next(parts), again and kept)
+                    z_L = low(z_L, injected, rope, next(parts), again and kept, starts_bs)
             if not config.single_z:
                 kept = left <= max(config.bp_cycles, 1)
                 with torch.set_grad_enabled(wanted and kept):
-                    z_H = high(z_H, z_L, rope, next(parts), again and kept)
+                    z_H = high(z_H, z_L, rope, next(parts), again and kept, starts_bs)
         return (z_L,) if config.single_z else (z_H, z_L)
 
     def _injected(self, z_H: Tensor, x_bsd: Tensor) -> Tensor:
@@ -309,7 +323,7 @@ class RecursiveLM(nn.Module):
             return x_bsd
         return z_H + x_bsd if self.config.inject_input else z_H
 
-    def _calls(self, caches: list[KVCache] | None) -> Iterator[list[KVCache] | None]:
+    def _calls(self, caches: Sequence[LayerState] | None) -> Iterator[Sequence[LayerState] | None]:
         """The caches of each call of a stack, in the order of the calls."""
         layers = self.config.num_hidden_layers
         for start in range(0, self.config.blocks_per_step, layers):
@@ -318,31 +332,34 @@ class RecursiveLM(nn.Module):
     def unroll(
         self,
         ids_bt: Tensor,
-        state: list[KVCache] | None = None,
+        state: Sequence[LayerState] | None = None,
         *,
         steps: int | None = None,
         puzzles_b: Tensor | None = None,
         positions_bt: Tensor | None = None,
+        starts_bt: Tensor | None = None,
     ) -> Iterator[Latents]:
         """The latents after each of ``steps`` supervision steps (default: halt_max_steps, or as
         many as the state was made for), each detached from the one before.
 
         ``positions_bt`` says where each token is in its row, if not after those of the state.
+        ``starts_bt``, of retention: true where a document begins.
         """
+        assert starts_bt is None or self.config.mixer == "retention"
         past = state[0].length if state else 0
         places = slice(past, None) if positions_bt is None else positions_bt
         each = self.config.blocks_per_step
         if state:
             steps = len(state) // each
         x = self.embed(ids_bt, puzzles_b, places)
-        rope = self.rope_2sc[:, past : past + x.shape[1]]
+        rope = rotary_rows(self.rope_2sc, past, x.shape[1], self.config.rope_theta)
         if positions_bt is not None:
             rope = self.rope_2sc[:, positions_bt][:, :, None]
         z = self.initial_latents(x.shape[0], x.shape[1])
         for step in range(steps or self.config.halt_max_steps):
             z = tuple(latent.detach() for latent in z)
             caches = state[step * each : (step + 1) * each] if state else None
-            z = self.supervision_step(z, x, rope, caches)
+            z = self.supervision_step(z, x, rope, caches, starts_bt)
             yield z
 
     def tokens(self, z: Latents) -> Tensor:
@@ -402,8 +419,9 @@ class RecursiveLM(nn.Module):
 
     def new_state(
         self, batch: int, capacity: int | None = None, *, steps: int | None = None
-    ) -> list[KVCache]:
-        """Empty caches for ``batch`` sequences of ``capacity`` (default: context) positions.
+    ) -> Sequence[LayerState]:
+        """Nothing seen yet, for ``batch`` sequences of ``capacity`` (default: context) positions;
+        retention's states have no end.
 
         One cache for every block of every call of every supervision step: what a position is at
         one depth of the recursion depends only on earlier positions at smaller depths, so caches
@@ -414,31 +432,38 @@ class RecursiveLM(nn.Module):
         config = self.config
         if not config.causal:
             raise ConfigError("A model that sees the future has no cache: model.causal=false.")
+        count = (steps or config.halt_max_steps) * config.blocks_per_step
+        retentions = [module for module in self.modules() if isinstance(module, Retention)]
+        if retentions:  # whose states all have one shape
+            return [retentions[0].new_state(batch) for _ in range(count)]
         like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
         length = min(capacity or config.max_position_embeddings, config.max_position_embeddings)
         heads, size = config.num_key_value_heads, config.head_dim
-        count = (steps or config.halt_max_steps) * config.blocks_per_step
         return [KVCache(batch, heads, length, size, like) for _ in range(count)]
 
     def hidden(
         self,
         ids_bt: Tensor,
-        state: list[KVCache] | None = None,
+        state: Sequence[LayerState] | None = None,
         *,
         steps: int | None = None,
         puzzles_b: Tensor | None = None,
+        starts_bt: Tensor | None = None,
     ) -> Tensor:
         """Token ids [B, T] -> z_H [B, T, D] after the last supervision step; see ``unroll``."""
-        *_, z = self.unroll(ids_bt, state, steps=steps, puzzles_b=puzzles_b)
+        options = {"puzzles_b": puzzles_b, "starts_bt": starts_bt}
+        *_, z = self.unroll(ids_bt, state, steps=steps, **options)
         return self.tokens(z)
 
     def forward(
         self,
         ids_bt: Tensor,
-        state: list[KVCache] | None = None,
+        state: Sequence[LayerState] | None = None,
         *,
         steps: int | None = None,
         puzzles_b: Tensor | None = None,
+        starts_bt: Tensor | None = None,
     ) -> Tensor:
         """Token ids [B, T] -> float32 logits [B, T, vocabulary]; see ``unroll``."""
-        return self.head(self.hidden(ids_bt, state, steps=steps, puzzles_b=puzzles_b)).float()
+        options = {"puzzles_b": puzzles_b, "starts_bt": starts_bt}
+        return self.head(self.hidden(ids_bt, state, steps=steps, **options)).float()

@@ -31,23 +31,25 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Forward and backward FLOPs per trained token: 6 per weight that multiplies, and attention.
 
     The head counts, the embedding look-up does not; attention is counted causally, half of
-    12 x layers x heads x head_dim x length (PaLM, arXiv:2204.02311, appendix B). Of a recursive
-    model these are the FLOPs of one supervision step: 2 per weight in every call of a stack, and 4
-    more in those that gradients go through; what positions before the tokens take is shared out
-    among these, and its head is counted as if every token were labelled.
+    12 x layers x heads x head_dim x length (PaLM, arXiv:2204.02311, appendix B). Retention is
+    counted alike within its chunks; beyond them a position is read into the memory and out of it.
+    Of a recursive model these are the FLOPs of one supervision step: 2 per weight in every call of
+    a stack, and 4 more in those that gradients go through; what positions before the tokens take is
+    shared out among these, and its head is counted as if every token were labelled.
     """
     head = 6.0 * config.vocab_size * config.hidden_size
-    width = config.num_attention_heads * config.head_dim
+    heads, width = config.num_attention_heads, config.num_attention_heads * config.head_dim
     if config.schedule == "recursive":
         positions = sequence_length + config.num_positions - config.max_position_embeddings
         mixer = 3 * config.mlp_mixer_width * config.hidden_size  # over positions, for each channel
-        if config.mixer != "mlp":
+        if config.mixer == "retention":
+            mixer = heads * config.hidden_size * (2 * config.head_dim + 3 * config.value_width)
+        elif config.mixer == "attention":
             kv_width = config.num_key_value_heads * config.head_dim
             gates = width if config.attention_gate else 0
             mixer = config.hidden_size * (2 * (width + kv_width) + gates)
         block = 2.0 * (mixer + 3 * config.hidden_size * config.intermediate_size)
-        if config.mixer == "attention":
-            block += width * positions * (2 if config.causal else 4)
+        block += flops_between_positions(config, positions)
         # HRM's value of going on takes another step, without gradients.
         forward = config.blocks_per_step * (2 if config.q_continue else 1)
         blocks = forward + 2 * config.blocks_with_gradients
@@ -55,7 +57,19 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     weights = config.num_parameters
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size
-    return 6.0 * weights + 6.0 * config.num_hidden_layers * width * sequence_length
+    between = flops_between_positions(config, sequence_length)
+    return 6.0 * weights + 3.0 * config.num_hidden_layers * between
+
+
+def flops_between_positions(config: ModelConfig, positions: int) -> float:
+    """Forward FLOPs of a position in one block for what it takes from others, weights aside."""
+    heads, keys, values = config.num_attention_heads, config.head_dim, config.value_width
+    if config.mixer == "mlp":
+        return 0.0  # all of it is weights
+    if config.mixer == "retention":
+        chunk = min(config.retention_chunk, positions)
+        return heads * (chunk * (keys + values) + 4.0 * keys * values)
+    return heads * keys * positions * (2.0 if config.causal else 4.0)
 
 
 @dataclass(frozen=True)
