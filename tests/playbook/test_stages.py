@@ -15,6 +15,7 @@ from tests.helpers_cli import Command
 from thimble import api
 from thimble.artifacts import read_json
 from thimble.config.load import load
+from thimble.errors import DataError
 from thimble.evaluation.evaluate_recursive import RecursiveEvaluation
 from thimble.training import Run
 
@@ -75,7 +76,7 @@ def test_slimorca_then_openorca_from_its_weights(
     assert isinstance(found, RecursiveEvaluation)
     assert api.generate(second.path, message="Say mount 3", max_tokens=4) is not None
     # Another shape cannot begin with those weights.
-    with pytest.raises(api.DataError, match="another model"):
+    with pytest.raises(DataError, match="another model"):
         api.train("instruct_openorca", *words, f"load_checkpoint={first.path}", "arch.L_cycles=2")
 
 
