@@ -551,6 +551,42 @@ class GuardsConfig(Section):
     )
 
 
+class SaddleConfig(Section):
+    """When a run counts as stuck at a saddle, and whether something is done about it.
+
+    Everything is relative to the run itself, so nothing here depends on model or vocabulary.
+    """
+
+    interventions: bool = Field(
+        default=False,
+        description="Raise the learning rate for a while at a saddle; false: only tell of it.",
+    )
+    patience: int = Field(
+        default=150, ge=1, description="Steps over which the loss has to have stood still."
+    )
+    min_improvement: float = Field(
+        default=0.005,
+        gt=0,
+        lt=1,
+        description="Falling by less than this fraction of the run's whole fall is standing still.",
+    )
+    grad_norm_ratio: float = Field(
+        default=0.5,
+        gt=0,
+        description="A gradient norm below this fraction of the run's steep steps is gentle.",
+    )
+    finished: Fraction = Field(
+        default=0.9,
+        description="A loss that has fallen by this fraction of the first one is at its end.",
+    )
+    escape: float = Field(
+        default=0.01, gt=0, lt=1, description="Fall, as a fraction, after which it has been left."
+    )
+    cooldown: int = Field(
+        default=250, ge=0, description="Steps after one in which no other is looked for."
+    )
+
+
 class AcceptanceConfig(Section):
     """The gate of `thimble accept`."""
 
@@ -598,6 +634,7 @@ class Config(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     guards: GuardsConfig = GuardsConfig()
+    saddle: SaddleConfig = SaddleConfig()
     acceptance: AcceptanceConfig = AcceptanceConfig()
     logging: LoggingConfig = LoggingConfig()
 

@@ -32,6 +32,7 @@ from thimble.training.loggers import Loggers
 from thimble.training.optimizer import make_optimizer, make_sparse_optimizer, schedule
 from thimble.training.panel import Panel
 from thimble.training.run import Run, RunFolder
+from thimble.training.saddle import SaddleWatch, in_words
 from thimble.training.signals import StopRequest
 from thimble.training.task import make_task
 
@@ -119,6 +120,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         self.guard = guards.StepGuard(device, config.guards.max_grad_norm)
         self.state = checkpoint.TrainerState()
+        self.saddle = SaddleWatch(config.saddle)
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.stop_request = StopRequest(several=processes.count > 1)
@@ -158,6 +160,7 @@ class Trainer:
         half = self.scaler.is_enabled()
         skip = self.guard.observe(state.step, loss, self.norm, half)
         factor = schedule(config.optim, state.step, self.task.max_steps, self.task.share(state))
+        factor *= self.saddle.factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.learning_rate * factor * group["lr_ratio"]
         if half:
@@ -300,6 +303,11 @@ class Trainer:
         if self.processes.main:
             self.panel.total = self.task.expected_steps(state)
             self.panel.trained(record)
+        event = self.saddle.observe(state.step, loss, norm)
+        state.saddle = self.saddle.to_dict()
+        if event and self.processes.main:
+            self.folder.append(event)
+            log.info("step %d  %s", state.step, in_words(event))
         plateau = guards.observe_loss(
             state, loss, training.log_every, self.config.guards.plateau_steps
         )
@@ -417,6 +425,7 @@ class Trainer:
         stops = [record for record in folder.records() if record.get("event") == "guard"]
         if stops and stops[-1]["kind"] == "plateau" and stops[-1]["step"] >= self.state.step:
             self.state.lowest_loss = None  # it has been seen; whoever goes on begins to count anew
+        self.saddle = SaddleWatch(self.config.saddle, self.state.saddle)
         self.loss_sum.fill_(self.state.pending_loss)
         self.counted_tokens = self.state.tokens
         if self.processes.main:
