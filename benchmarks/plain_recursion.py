@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 
 IGNORE = -100
 

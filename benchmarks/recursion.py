@@ -43,7 +43,8 @@ from recursion_contestants import (
     padded,
 )
 
-from thimble.config.schema import ModelConfig
+from thimble.config.load import load
+from thimble.config.model import ModelConfig
 from thimble.objectives.act import Rows
 from thimble.objectives.linear_cross_entropy import IGNORE
 from thimble.training import devices
@@ -211,25 +212,19 @@ def memory_of(
 
 
 def measure_sudoku(dtype: torch.dtype, device: torch.device, rounds: int) -> list[str]:
-    """Steps per second of thimble at the published Sudoku batch, attention and MLP."""
+    """Steps per second of thimble at the recipe's shape and batch, attention and MLP."""
     lines = [
         "| | steps/s | puzzles/s | peak MB |",
         "| --- | --- | --- | --- |",
     ]
-    batch = 768
-    shape = {
-        "max_position_embeddings": 81,
-        "vocab_size": 11,
-        "causal": False,
-        "puzzle_identifiers": 1,
-    }
     draw = torch.Generator().manual_seed(0)
+    batch = load("puzzle_sudoku").training.micro_batch_size
     inputs, labels = (torch.randint(1, 11, (batch, 81), generator=draw) for _ in range(2))
     rows = make_rows(inputs.numpy(), labels.numpy(), np.zeros(batch, dtype=np.int64), device)
     for mixer in ("attention", "mlp"):
         for compiled in (False, True):
-            base = model_config(512, 11, 81, 16).model_dump() | shape | {"mixer": mixer}
-            model = make_model(ModelConfig(**base), dtype, device)
+            shape = load("puzzle_sudoku", [f"model.mixer={mixer}"]).model
+            model = make_model(shape, dtype, device)
             step = Thimble(model, "stablemax", compiled=compiled).step
             for _ in range(3):
                 step(rows)
@@ -332,7 +327,7 @@ def main() -> None:
         *training,
     ]
     if device.type == "cuda":
-        lines += ["", "## Sudoku, batch 768", "", *measure_sudoku(dtype, device, options.rounds)]
+        lines += ["", "## puzzle_sudoku", "", *measure_sudoku(dtype, device, options.rounds)]
     table = "\n".join(lines) + "\n"
     print(table)
     if options.output:

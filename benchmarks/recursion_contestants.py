@@ -197,6 +197,7 @@ class Generation:
     @torch.inference_mode()
     def cached(self, tokens: int = 8) -> float:
         """thimble: one position for each token."""
+        tokens = min(tokens, self.places[0])
         clock = Clock(self.window_ids.device)
         for place in self.places:
             for cache in self.state:

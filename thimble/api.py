@@ -6,6 +6,7 @@ Errors are those of ``thimble.errors``.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from thimble.conversations.build import Built
     from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
+    from thimble.evaluation.comparison import Comparison
     from thimble.evaluation.evaluate import Evaluation, Selection
     from thimble.evaluation.evaluate_recursive import RecursiveEvaluation
     from thimble.export.deployment import Export
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from thimble.report import Report
     from thimble.sweep import Sweep
     from thimble.training import Run
-    from thimble.training.forecast import Forecast
+    from thimble.training.forecast import Forecast, Stages
 
 PathLike = str | Path
 
@@ -148,8 +150,8 @@ def build_maze(output: PathLike | None = None, **options: Any) -> Path:
 def build_arc(output: PathLike | None = None, *, input_file_prefix: str, **options: Any) -> Path:
     """Make an ARC data set from the combined files; returns its folder (data/puzzles/arc).
 
-    ``options``: ``subsets``, ``test_set_name``, ``num_aug``, ``seed``, ``workers``, as in
-    ``thimble.puzzles.arc.build``.
+    ``options``: ``subsets``, ``test_set_name``, ``num_aug``, ``max_side``, ``seed``, ``workers``,
+    as in ``thimble.puzzles.arc.build``.
     """
     from thimble.puzzles import arc
 
@@ -174,19 +176,29 @@ def find_corpus(corpus: PathLike) -> Path:
     )
 
 
-def plan(recipe: PathLike, *overrides: str, measure: bool = True, **nested: Any) -> Forecast:
+def plan(
+    recipe: PathLike, *overrides: str, measure: bool = True, **nested: Any
+) -> Forecast | Stages:
     """What a run would need and take, before it is started: tokens, memory, hours, cost.
 
-    ``measure``: take a few real steps on this machine, for its speed and its memory.
+    Names of more recipes before the overrides are stages that follow, each from the weights of the
+    one before, and their sum is given; the overrides hold for all. ``measure``: take a few real
+    steps on this machine, for its speed and its memory. Nothing is fetched for it: of
+    conversations that are not here the number is taken from their documents.
     """
     from thimble.config.load import load as load_config
+    from thimble.config.load import recipe_names
 
-    config = load_config(recipe, overrides, nested)
+    more = list(itertools.takewhile(recipe_names().__contains__, overrides))
+    rest = overrides[len(more) :]
+    configs = [load_config(name, rest, nested) for name in (recipe, *more)]
     # What is heavy comes after the check of what was typed.
     from thimble.training.data import ready
-    from thimble.training.forecast import forecast
+    from thimble.training.forecast import Stages, forecast
+    from thimble.training.plan import is_away
 
-    return forecast(ready(config), measure=measure)
+    found = [forecast(each if is_away(each) else ready(each), measure=measure) for each in configs]
+    return Stages(found) if more else found[0]
 
 
 def train(
@@ -269,6 +281,36 @@ def sweep(
     from thimble.sweep import sweep as run_all
 
     return run_all(recipe, overrides, nested, resume)
+
+
+def compare(
+    recipe: PathLike | None = None,
+    *overrides: str,
+    run: PathLike | None = None,
+    retry: int = 0,
+    subset_size: int | None = None,
+    **nested: Any,
+) -> Comparison:
+    """Train a recursive recipe and plain transformers beside it; one table of the test split.
+
+    The plain ones have the recursive model's computation, and its parameters, and as many updates.
+    ``run``: a recursive run in place of a recipe, finished or not; only what is missing is trained.
+    ``retry`` as in ``train``, ``subset_size`` as in ``evaluate``. The result is kept as
+    ``comparison.json`` in the recursive run, where ``report`` finds it.
+    """
+    if (recipe is None) == (run is None) or (run is not None and (overrides or nested)):
+        raise ConfigError(
+            "Give a recursive recipe, or a run to compare or to go on with. For example:\n"
+            "  thimble compare instruct_os\n  thimble compare --run runs/instruct_os/<time>-<slug>"
+        )
+    from thimble.config.load import load as load_config
+
+    if recipe is not None:
+        load_config(recipe, overrides, nested)
+    # What is heavy comes after the check of what was typed.
+    from thimble.compare import compare as run_all
+
+    return run_all(recipe, overrides, nested, run=run, retry=retry, subset_size=subset_size)
 
 
 def load(path: PathLike, device: str = "auto", *, seq_len: int | None = None) -> Model:

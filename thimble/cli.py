@@ -29,6 +29,7 @@ from thimble.words import (
     OutputFolder,
     Overrides,
     Recipe,
+    Retry,
     Seed,
     Steps,
     SystemMessage,
@@ -83,12 +84,7 @@ def train(
         typer.Option(metavar="[auto|PATH]", help="Go on: the newest run, or this run/checkpoint."),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Short for training.max_steps=N.")] = None,
-    retry: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Mend a stopped run so often; default: 3 without a terminal, or 0."
-        ),
-    ] = None,
+    retry: Retry = None,
     on_success: Annotated[str | None, typer.Option(help="Shell command to call then.")] = None,
     on_failure: Annotated[str | None, typer.Option(help="Shell command to call then.")] = None,
 ) -> Any:
@@ -102,10 +98,13 @@ def train(
         recipe = None
     if max_steps is not None:
         words.append(f"training.max_steps={max_steps}")
-    if retry is None:
-        retry = 0 if sys.stderr.isatty() else 3
     return api.train(
-        recipe, *words, resume=resume, retry=retry, on_success=on_success, on_failure=on_failure
+        recipe,
+        *words,
+        resume=resume,
+        retry=retries(retry),
+        on_success=on_success,
+        on_failure=on_failure,
     )
 
 
@@ -134,6 +133,32 @@ def sweep(
     """Train a recipe with each combination of values, and say which is best."""
     words = check_options(overrides or [], ["--resume", "--json", "--help"])
     return api.sweep(recipe, *words, resume=resume)
+
+
+@verb(app, "compare", overrides=True)
+def compare(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recursive recipe, or the path of a run's config.yaml; not with --run.",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", "--resume", metavar="PATH", help="This run; what is missing of it."),
+    ] = None,
+    retry: Retry = None,
+    subset_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Evaluate so many examples.")
+    ] = None,
+) -> Any:
+    """A recursive model beside plain transformers of its computation and of its parameters."""
+    options = ["--run", "--resume", "--retry", "--subset-size", "--json", "--help"]
+    words = check_options(overrides or [], options)
+    return api.compare(recipe, *words, run=run, retry=retries(retry), subset_size=subset_size)
 
 
 @verb(app, "accept")
@@ -390,6 +415,11 @@ def explain(
 
 
 # --------------------------------------------------------------------------------- the terminal
+
+
+def retries(given: int | None) -> int:
+    """Without a terminal nobody is there to mend a stopped run."""
+    return given if given is not None else 0 if sys.stderr.isatty() else 3
 
 
 def write_piece(text: str) -> None:

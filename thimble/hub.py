@@ -194,7 +194,7 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = now if step == 1 else torch.where((ends >= step)[:, None, None], now, hidden)
             if steps == "halting":
                 last = torch.full_like(ends, now.shape[1] - 1)
-                stops = self.model.q_values(z, last)[:, 0] > 0
+                stops = self.model.halting_logit(self.model.q_values(z, last)) > 0
                 ends = torch.where(stops, ends.clamp(max=step), ends)
                 if bool((ends <= step).all()):
                     break

@@ -63,6 +63,10 @@ Overrides = Annotated[
         autocompletion=complete_override,
     ),
 ]
+Retry = Annotated[
+    int | None,
+    typer.Option(min=0, help="Mend a stopped run so often; default: 3 without a terminal, or 0."),
+]
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder, or a run (its best one).")]
 CheckpointWords = Annotated[
     list[str] | None,

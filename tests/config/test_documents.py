@@ -53,6 +53,10 @@ def test_the_defaults_are_the_documents() -> None:
         (["lr=1e-4", "puzzle_emb_lr=1e-3"], ["optim.learning_rate=1e-4", "optim.puzzle_emb_lr=1e-3"]),
         (["arch.loss.loss_type=stablemax_cross_entropy"], ["objective.form=stablemax"]),
         (["load_checkpoint=runs/x"], ["training.load_checkpoint=runs/x"]),
+        (["freeze_weights=True"], ["optim.freeze_weights=True"]),
+        (["arch.pos_encodings=learned"], ["model.position_embedding=learned"]),
+        (["arch.no_ACT_continue=False"], ["model.q_continue=true"]),
+        (["arch.no_ACT_continue=True"], ["model.q_continue=false"]),
         (["optim.betas=[0.9,0.99]"], ["optim.betas=[0.9,0.99]"]),
         (
             ["global_batch_size=48", "training.micro_batch_size=12"],

@@ -73,6 +73,7 @@ def test_specification_settings(recipe: str) -> None:
         "ema_rate": None,
         "puzzle_emb_lr": 0.01,
         "puzzle_emb_weight_decay": 0.1,
+        "freeze_weights": False,
     }
     training = config.training
     assert (training.micro_batch_size, training.gradient_accumulation_steps) == (8, 4)

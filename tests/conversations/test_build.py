@@ -399,3 +399,7 @@ def test_the_command_prints_the_figures(
     assert "unigram entropy" in thimble(*words).out
     inspected = json.loads(thimble("inspect", str(tmp_path / "o"), "--json").out)
     assert inspected["kind"] == "conversations"
+    assert inspected["checks"].keys() >= {"copy", "labels", "coverage", "tokenizer", "splits"}
+    shown = thimble("inspect", str(tmp_path / "o")).out
+    for line in ("copy / share", "tokenizer / round trip", "splits / prompts in both"):
+        assert f"checks / {line}" in shown

@@ -99,6 +99,12 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], words: str, tmp_p
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_checkpoint_from_before_a_key_was_there_is_what_it_was(tmp_path: Path) -> None:
+    model = model_of(small())
+    change(save(model, tmp_path), position_embedding="absent", q_continue="absent")
+    assert interop.load_model(tmp_path).config == model.config
+
+
 def test_a_longer_model_of_an_mlp_mixer_is_refused(tmp_path: Path) -> None:
     change(save(model_of(small(**MLP)), tmp_path), max_position_embeddings=21)
     with pytest.raises(DataError, match="has shape"):

@@ -22,6 +22,7 @@ from thimble.objectives import act
 from thimble.training import checkpoint
 from thimble.training.feeds import ConversationFeed
 from thimble.training.loop import Trainer, train
+from thimble.training.retry import train_with_retries
 from thimble.training.recursion import RecursionTask
 
 RUNS = {"instruct": helpers.instruct, "puzzle": helpers.puzzle}
@@ -206,6 +207,166 @@ def test_puzzles_give_the_model_its_shape(tmp_path: Path) -> None:
     assert not (run.latest / "tokenizer.json").exists()
     # There is no split beside the one that results are reported on, so none is chosen by it.
     assert run.checkpoint is None
+
+
+# --- options
+
+
+def test_the_value_of_going_on_is_trained_and_told(tmp_path: Path) -> None:
+    run = train(helpers.instruct(tmp_path, "arch.no_ACT_continue=False", "training.max_steps=9"))
+    assert all(0 < record["q_continue_loss"] < 1 for record in run.metrics if "loss" in record)
+    assert run.latest
+    head = interop.load_model(run.latest).q_head
+    assert head.weight[1].any()
+    without = train(helpers.instruct(tmp_path, "training.max_steps=9"))
+    assert not any("q_continue_loss" in record for record in without.metrics)
+    assert without.latest
+    assert not interop.load_model(without.latest).q_head.weight[1].any()
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_learned_positions_are_trained(kind: str, tmp_path: Path) -> None:
+    trainer = helpers.trainer(RUNS[kind](tmp_path, "arch.pos_encodings=learned"))
+    table = trainer.model.position_embedding.weight
+    before = table.detach().clone()
+    trainer.step()
+    moved = (table != before).any(1)
+    width = recursion(trainer).carry.rows.inputs.shape[1] + trainer.model.prefix
+    assert moved[: width - 8].all()
+    assert not moved[width:].any()
+
+
+def test_new_puzzles_for_weights_that_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The table alone is trained, from the mean of the old one; all else stays to the bit."""
+    first = train(helpers.puzzle(tmp_path, "training.max_steps=6"))
+    assert first.latest
+    old = interop.load_model(first.latest)
+    begin = f"training.load_checkpoint={first.latest}"
+    config = helpers.puzzle(
+        tmp_path / "new", begin, "freeze_weights=True", "training.max_steps=6", "ema=True"
+    )
+    more = config.model.model_copy(update={"puzzle_identifiers": 5})
+    config = config.model_copy(update={"model": more})
+    caplog.set_level("INFO", logger="thimble")
+    fresh = helpers.trainer(config).model.puzzle_embedding.weight
+    torch.testing.assert_close(fresh, old.puzzle_embedding.weight.mean(0).expand(5, 32))
+    run = train(config)
+    assert "it had learned 1 puzzles, these are 5" in caplog.text
+    assert run.latest
+    new = interop.load_model(run.latest)
+    names = {n for n, p in new.named_parameters() if n == "puzzle_embedding.weight"}
+    for name, weight in new.named_parameters():
+        assert name in names or torch.equal(weight, dict(old.named_parameters())[name]), name
+    moved = (new.puzzle_embedding.weight != fresh).any(1)
+    assert moved.tolist() == [True, False, False, False, False]  # all Sudokus are puzzle 0
+    again = config.model_copy(
+        update={"training": config.training.model_copy(update={"max_steps": 9})}
+    )
+    assert train(again, resume=run.path).step == 9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["freeze_weights=true"], "training.load_checkpoint"),
+        (["freeze_weights=true", "model.puzzle_identifiers=0"], "model.puzzle_identifiers=1"),
+    ],
+)
+def test_nothing_to_freeze_or_to_train(overrides: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        helpers.puzzle(tmp_path, *overrides)
+
+
+# --- what goes wrong
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: int) -> Counter[int]:
+    """The loss of this example is NaN; how often each example is given out is counted."""
+    seen: Counter[int] = Counter()
+    rows = ConversationFeed.rows
+
+    def poisoned(self: ConversationFeed, numbers: np.ndarray) -> Any:
+        seen.update(numbers.tolist())
+        made, lengths = rows(self, numbers)
+        made.weight[torch.from_numpy(numbers == bad)] = float("nan")
+        return made, lengths
+
+    monkeypatch.setattr(ConversationFeed, "rows", poisoned)
+    return seen
+
+
+def test_a_poisoned_example_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = helpers.instruct(tmp_path, "optim.warmup_steps=50")
+    feed = recursion(helpers.trainer(config)).feed
+    order = feed.take(98)
+    bad = int(order[45])
+    seen = poison(monkeypatch, bad)
+    run = train_with_retries(config, 2)
+    assert run.status == "finished"
+    first, second = json.loads((run.path / "attempts.json").read_text())
+    assert (first["kind"], second["outcome"]) == ("nan", "finished")
+    begin, end = first["windows"]
+    assert begin <= 45 < end <= begin + 8
+    assert first["change"]["training.skip_windows"]["to"] == [[begin, end]]
+    # The second attempt begins where the checkpoint was and shows every example after it but these.
+    passed = set(order[begin:end].tolist())
+    assert {number for number, times in seen.items() if number in passed} == passed
+    assert all(seen[number] == 1 for number in passed)
+    assert seen.keys() == set(order.tolist())
+    last = [record for record in run.metrics if "loss" in record][-1]
+    assert last["examples"] == 98
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_too_little_memory_halves_the_pass_and_changes_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows in the middle of their examples go on in smaller passes."""
+    options = ["training.save_every=4", "training.max_steps=9"]
+    whole = train(RUNS[kind](tmp_path / "whole", *options))
+    step, now = Trainer.step, [0]
+
+    def noted(self: Trainer) -> None:
+        now[0] = self.state.step
+        step(self)
+
+    forward = act.ACT.forward
+
+    def refuse(self: act.ACT, carry: act.Carry, *more: Any, **named: Any) -> Any:
+        if len(carry.rows) == 4 and now[0] == 6:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(self, carry, *more, **named)
+
+    monkeypatch.setattr(Trainer, "step", noted)
+    monkeypatch.setattr(act.ACT, "forward", refuse)
+    run = train_with_retries(RUNS[kind](tmp_path / "less", *options), 2)
+    first, _ = json.loads((run.path / "attempts.json").read_text())
+    assert first["kind"] == "out_of_memory"
+    assert first["change"]["training.micro_batch_size"] == {"from": 4, "to": 2}
+    assert run.latest and whole.latest
+    mine, theirs = (interop.load_model(path).state_dict() for path in (run.latest, whole.latest))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name], weight, atol=2e-5, rtol=1e-4)
+    cursors = [(path / "data_cursor.json").read_text() for path in (run.latest, whole.latest)]
+    assert cursors[0] == cursors[1]
+
+
+def test_an_overflow_in_float16_changes_no_weight_at_all(tmp_path: Path) -> None:
+    """Nor the puzzles', whose step does not ask how large a gradient is."""
+    config = helpers.puzzle(tmp_path, "precision=float16", "optim.warmup_steps=0")
+    trainer = helpers.trainer(config)
+    for overflows in (False, True, False):
+        if overflows:
+            trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 3e38})
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.step()
+        for name, weight in trainer.model.named_parameters():
+            assert torch.isfinite(weight).all(), name
+            assert torch.equal(weight, before[name]) is overflows, name
+        if overflows:
+            trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 1024.0})
 
 
 def test_conversations_are_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

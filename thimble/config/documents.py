@@ -19,11 +19,13 @@ NAMES = {
     "puzzle_emb_weight_decay": "optim.puzzle_emb_weight_decay",
     "ema_rate": "optim.ema_rate",
     "load_checkpoint": "training.load_checkpoint",
+    "freeze_weights": "optim.freeze_weights",
     "dataloader_workers": "dataset.dataloader_workers",
     "arch.hidden_size": "model.hidden_size",
     "arch.num_heads": "model.num_attention_heads",
     "arch.L_layers": "model.num_hidden_layers",
     "arch.puzzle_emb_len": "model.puzzle_emb_len",
+    "arch.pos_encodings": "model.position_embedding",
     "arch.loss.loss_type": "objective.form",
 }
 # The moving average is a number of ours, and a switch of theirs with this number.
@@ -53,6 +55,9 @@ def translate(overrides: Iterable[str]) -> Iterator[str]:
         elif key == "arch.mlp_t":
             on = value.strip().lower() in ("true", "1", "yes")
             yield f"model.mixer={'mlp' if on else 'attention'}"
+        elif key == "arch.no_ACT_continue":
+            off = value.strip().lower() in ("true", "1", "yes")
+            yield f"model.q_continue={'false' if off else 'true'}"
         elif key == "arch.loss.loss_type":
             yield f"objective.form={value.removesuffix('_cross_entropy')}"
         elif key in NAMES:

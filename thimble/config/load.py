@@ -118,9 +118,18 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def recipe_names() -> list[str]:
-    order = {"nano": 0, "tiny": 1, "small": 2, "medium": 3, "large": 4}
-    names = [file.stem for file in (CONF / "recipe").glob("*.yaml")]
-    return sorted(names, key=lambda name: (order.get(name.rsplit("_", 1)[-1], 5), name))
+    families = ["slm", "instruct", "puzzle"]
+    sizes = ["nano", "tiny", "small", "medium", "large"]
+
+    def place(name: str) -> tuple[int, int, str]:
+        first, last = name.split("_")[0], name.split("_")[-1]
+        return (
+            families.index(first) if first in families else len(families),
+            sizes.index(last) if last in sizes else len(sizes),
+            name,
+        )
+
+    return sorted((file.stem for file in (CONF / "recipe").glob("*.yaml")), key=place)
 
 
 def recipe_summary(name: str) -> str:

@@ -37,7 +37,7 @@ from thimble.objectives.act import Rows
 from thimble.tokens.loader import permute
 
 if TYPE_CHECKING:
-    from thimble.config.schema import ModelConfig
+    from thimble.config.model import ModelConfig
     from thimble.conversations.dataset import Conversations
     from thimble.models.recursive import RecursiveLM
     from thimble.puzzles.loader import Split

@@ -33,7 +33,8 @@ KEPT = (
 @dataclass(frozen=True)
 class Scores:
     """Of N rows after each of S supervision steps, float64 [N, S]: the sum of the losses of a
-    row's labels in nats, how many are right, the halting logit; and [N] how many there are."""
+    row's labels in nats, how many are right, the halting logit (above 0: it would halt); and [N]
+    how many there are."""
 
     nats: np.ndarray
     right: np.ndarray
@@ -128,7 +129,8 @@ class Run:
             sums = table.new_zeros(2, len(rows))
             sums.index_add_(1, row, torch.stack([nats, right.float()]))
             table[:2, :, step] = sums[:, :count]
-            table[2, :, step] = network.q_values(z, read_at)[:count, 0]
+            halting = network.halting_logit(network.q_values(z, read_at))
+            table[2, :, step] = halting[:count]
             if wanted and (every or step == table.shape[2] - 1):
                 found.append(self._predictions(hidden, weight, row, column))
         return torch.stack(found, 1) if wanted else None

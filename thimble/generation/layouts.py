@@ -9,7 +9,7 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from thimble.artifacts import read_json
-from thimble.config.schema import Section
+from thimble.config.section import Section
 from thimble.console import log
 from thimble.conversations.records import Conversation, Turn
 from thimble.conversations.template import prompt_ids, special_id, template_of

@@ -15,8 +15,7 @@ from thimble.generation.sampling import check_options, generate_ids
 from thimble.generation.text import stream_text
 from thimble.generation.trace import Names, Token
 from thimble.models import interop
-from thimble.models.layers import rotary_table
-from thimble.models.recursive import RecursiveLM
+from thimble.models.recursive import RecursiveLM, position_table
 from thimble.objectives.linear_cross_entropy import token_losses, token_scores
 from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import checkpoint, devices
@@ -83,7 +82,12 @@ def _lengthen(network: Network, layout: Layout, seq_len: int) -> None:
     config = network.config
     if seq_len > config.max_position_embeddings:
         network.config = config.model_copy(update={"max_position_embeddings": seq_len})
-        table = rotary_table(seq_len, config.head_dim, config.rope_theta)
+        if config.position_embedding == "learned":
+            raise ConfigError(
+                f"The model has learned {config.max_position_embeddings} positions and knows no "
+                f"others. Use:\n  dataset.seq_len={config.max_position_embeddings}"
+            )
+        table = position_table(config, seq_len)
         network.rope_2sc = table.to(network.rope_2sc.device)
 
 

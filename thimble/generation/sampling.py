@@ -133,7 +133,7 @@ def read(
     state = model.new_state(1, capacity, steps=steps)
     last = torch.tensor([ids_1t.shape[1] - 1], device=ids_1t.device)
     for taken, z in enumerate(model.unroll(ids_1t, state), start=1):
-        if steps is None and bool(model.q_values(z, last)[0, 0] > 0):
+        if steps is None and bool(model.halting_logit(model.q_values(z, last)) > 0):
             steps = taken
             break
     steps = steps or model.config.halt_max_steps

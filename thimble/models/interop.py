@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from thimble.artifacts import read_json
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.console import log
 from thimble.errors import ConfigError, DataError, nearest
 from thimble.models import interop_hrm_text, interop_recursive

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.errors import DataError
 from thimble.models.attention import Attention
 from thimble.models.recursive import RecursiveBlock, RecursiveLM, Stack
@@ -35,6 +35,7 @@ FIXED: dict[str, Any] = {
     "attention_gate": True,
     "inject_input": False,
     "halt_max_steps": 1,
+    "position_embedding": "rope",
     "puzzle_identifiers": 0,
 }
 

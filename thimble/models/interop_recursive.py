@@ -11,12 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.errors import DataError, nearest
 from thimble.models.recursive import RecursiveLM
 
 MODEL_TYPE = "thimble_recursive"
 ARCHITECTURE = "ThimbleRecursiveForCausalLM"
+# What a checkpoint means that was written before these keys were.
+BEFORE = {"position_embedding": "rope", "q_continue": False}
 # What config.json holds beside the configuration, ours or as transformers writes it.
 OTHER_KEYS = frozenset(
     {
@@ -64,9 +66,11 @@ def from_config(native: dict[str, Any], where: object) -> ModelConfig:
 def parse(native: Mapping[str, Any], where: object) -> ModelConfig:
     """The configuration among the keys of ``native``; DataError for one that is missing or wrong.
 
-    None has a default here: what a model computes must not depend on who reads it.
+    None has a default here, ``BEFORE`` apart: what a model computes must not depend on who reads
+    it.
     """
     keys = ModelConfig.model_fields.keys()
+    native = BEFORE | dict(native)
     missing = sorted(keys - native.keys())
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}, which {MODEL_TYPE} needs.")

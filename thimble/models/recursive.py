@@ -18,6 +18,7 @@ the single latent and the plain transformer are all configurations of this one c
     TRM-MLP                      mixer=mlp, causal=false
     HRM-Text                     separate_stacks=true, pre_norm=true, attention_gate=true,
                                  inject_input=false, halt_max_steps=1, bp_cycles=H_cycles
+    HRM's learning of halting    q_continue=true
     single latent                single_z=true
     plain transformer            single_z=true, H_cycles=1, L_cycles=1, halt_max_steps=1
       of the same parameters       and num_hidden_layers as it is
@@ -44,7 +45,7 @@ from thimble.models.layers import Linear, SwiGLU, plain_norm, rotary_rows, rotar
 from thimble.models.retention import Retention
 
 if TYPE_CHECKING:
-    from thimble.config.schema import ModelConfig
+    from thimble.config.model import ModelConfig
 
 # (z_H, z_L) or, with single_z, (z,): [B, S, D] each. The first is what is answered from.
 Latents = tuple[Tensor, ...]
@@ -58,6 +59,14 @@ def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator | N
     ``std`` exactly, as JAX draws it."""
     wide = std / TRUNCATED_STD
     nn.init.trunc_normal_(tensor, 0.0, wide, -2 * wide, 2 * wide, generator=generator)
+
+
+def position_table(config: ModelConfig, length: int) -> Tensor:
+    """What attention turns queries and keys by, [2, length, C]; by nothing without RoPE."""
+    if config.position_embedding == "rope":
+        return rotary_table(length, config.head_dim, config.rope_theta)
+    shape = length, config.head_dim
+    return torch.stack([torch.ones(shape), torch.zeros(shape)])
 
 
 class SequenceMLP(nn.Module):
@@ -156,8 +165,9 @@ class RecursiveLM(nn.Module):
     ``checkpoint_activations`` a block keeps only its input for the backward pass.
 
     ``q_head`` reads one position of z_H and gives two numbers: the first is the logit that the
-    answer is right, so that one can halt; the second is HRM's value of going on, kept so that
-    parameters are those of the published models. Nothing trains it.
+    answer is right, so that one can halt; the second is HRM's value of going on. Only with
+    ``q_continue`` it is trained; it is always there, so that parameters are those of the published
+    models.
 
     ``hidden``, ``head``, ``new_state`` are ``CausalLM``'s, so sampling and evaluation take either.
     """
@@ -181,6 +191,11 @@ class RecursiveLM(nn.Module):
             if config.puzzle_identifiers
             else None
         )
+        self.position_embedding = (
+            nn.Embedding(config.num_positions, width)
+            if config.position_embedding == "learned"
+            else None
+        )
         self.stacks = nn.ModuleList(Stack(config) for _ in range(1 + config.separate_stacks))
         self.head = Linear(width, config.vocab_size)
         if config.tie_word_embeddings:
@@ -190,7 +205,7 @@ class RecursiveLM(nn.Module):
         self.register_buffer("H_init", torch.zeros(width))
         if not config.single_z:
             self.register_buffer("L_init", torch.zeros(width))
-        table = rotary_table(config.num_positions, config.head_dim, config.rope_theta)
+        table = position_table(config, config.num_positions)
         self.register_buffer("rope_2sc", table, persistent=False)
 
     @torch.no_grad()
@@ -203,7 +218,7 @@ class RecursiveLM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith(("q_head", "puzzle_embedding")):
                 parameter.zero_()
-            elif name.startswith("embedding"):
+            elif name.startswith(("embedding", "position_embedding")):
                 truncated_normal_(parameter, 1 / self.embedding_scale, generator)
             else:
                 truncated_normal_(parameter, parameter.shape[1] ** -0.5, generator)
@@ -227,10 +242,16 @@ class RecursiveLM(nn.Module):
 
     # --- the recursion
 
-    def embed(self, ids_bt: Tensor, puzzles_b: Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        ids_bt: Tensor,
+        puzzles_b: Tensor | None = None,
+        positions_bt: Tensor | slice = slice(None),
+    ) -> Tensor:
         """Token ids [B, T], and of each row its puzzle's identifier -> x [B, S, D].
 
-        Raises ConfigError when the number of tokens is not the one an mlp mixer was made for.
+        ``positions_bt``: where they are in their rows, if not at the beginning. Raises ConfigError
+        when the number of tokens is not the one an mlp mixer was made for.
         """
         config, time = self.config, ids_bt.shape[1]
         if config.mixer == "mlp" and time != config.max_position_embeddings:
@@ -244,6 +265,11 @@ class RecursiveLM(nn.Module):
             # The first position holds the puzzle; the others are room to think in.
             puzzle = self.puzzle_embedding(puzzles_b)[:, None]
             x = torch.cat([F.pad(puzzle, (0, 0, 0, self.prefix - 1)), x], dim=1)
+        if self.position_embedding is not None:
+            places = self.position_embedding.weight[positions_bt]
+            if isinstance(positions_bt, slice):
+                places = places[: x.shape[1]]
+            x = (x + places) * math.sqrt(0.5)  # a sum of two, of the size of one
         return (x * self.embedding_scale).to(self.compute_dtype)
 
     def initial_latents(self, batch: int, positions: int) -> Latents:
@@ -321,10 +347,11 @@ class RecursiveLM(nn.Module):
         """
         assert starts_bt is None or self.config.mixer == "retention"
         past = state[0].length if state else 0
+        places = slice(past, None) if positions_bt is None else positions_bt
         each = self.config.blocks_per_step
         if state:
             steps = len(state) // each
-        x = self.embed(ids_bt, puzzles_b)
+        x = self.embed(ids_bt, puzzles_b, places)
         rope = rotary_rows(self.rope_2sc, past, x.shape[1], self.config.rope_theta)
         if positions_bt is not None:
             rope = self.rope_2sc[:, positions_bt][:, :, None]
@@ -358,6 +385,14 @@ class RecursiveLM(nn.Module):
             read = z[0][rows, self.prefix + position_b]
         return self.q_head(read.to(self.q_head.weight.dtype))
 
+    def halting_logit(self, q_b2: Tensor) -> Tensor:
+        """Of ``q_values``, what is above 0 where the head would halt: [B].
+
+        TRM halts where the answer is likelier right than wrong; with ``q_continue``, as in HRM,
+        halting has to be worth more than going on.
+        """
+        return q_b2[:, 0] - q_b2[:, 1] if self.config.q_continue else q_b2[:, 0]
+
     @torch.no_grad()
     def halting_steps(
         self,
@@ -374,7 +409,7 @@ class RecursiveLM(nn.Module):
         config = self.config
         found = torch.full((len(ids_bt),), config.halt_max_steps, device=ids_bt.device)
         for step, z in enumerate(self.unroll(ids_bt, puzzles_b=puzzles_b), start=1):
-            stops = self.q_values(z, position_b)[:, 0] > 0
+            stops = self.halting_logit(self.q_values(z, position_b)) > 0
             found = torch.where(stops, found.clamp(max=step), found)
             if bool((found <= step).all()):
                 break

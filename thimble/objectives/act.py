@@ -77,22 +77,25 @@ class Output:
 
     ``token_loss`` and ``halt_loss`` are sums, for which ``token_count`` and ``halt_count`` are the
     numbers to divide by: the weight of the labelled tokens (with ``per_sequence`` of the labelled
-    rows), and labelled rows. A step of several batches adds up all four first. ``metrics`` are
-    sums, too: over what is labelled (tokens, tokens_right, rows, rows_right, halts_right), and over
-    the examples that halted now (finished, finished_steps; of those with labels finished_labelled,
-    finished_accuracy, finished_right, finished_halts_right).
+    rows), and labelled rows; ``continue_loss`` is a sum over these, too, 0 without ``q_continue``.
+    A step of several batches adds up all five first. ``metrics`` are sums, too: over what is
+    labelled (tokens, tokens_right, rows, rows_right, halts_right), and over the examples that
+    halted now (finished, finished_steps; of those with labels finished_labelled, finished_accuracy,
+    finished_right, finished_halts_right).
     """
 
     token_loss: Tensor
     token_count: Tensor
     halt_loss: Tensor
+    continue_loss: Tensor
     halt_count: Tensor
     metrics: dict[str, Tensor]
 
     def mean(self) -> Tensor:
         """The loss of this step alone, each part divided by its count."""
         tokens = self.token_loss / self.token_count.clamp(min=1)
-        return tokens + HALT_WEIGHT * self.halt_loss / self.halt_count.clamp(min=1)
+        halting = self.halt_loss + self.continue_loss
+        return tokens + HALT_WEIGHT * halting / self.halt_count.clamp(min=1)
 
 
 def empty_carry(model: RecursiveLM, batch: int, time: int) -> Carry:
@@ -194,13 +197,13 @@ def draw_least(
     return explores * torch.randint(2, max(max_steps, 2) + 1, (count,), generator=generator)
 
 
-def halt(steps: Tensor, q_halt: Tensor, *, max_steps: int, least: Tensor | None = None) -> Tensor:
+def halt(steps: Tensor, logit: Tensor, *, max_steps: int, least: Tensor | None = None) -> Tensor:
     """Which rows stop after ``steps`` supervision steps [B]: bool [B].
 
-    At ``max_steps`` always; before, where the halting logit [B] is above 0 and ``least`` [B]
+    At ``max_steps`` always; before, where the ``halting_logit`` [B] is above 0 and ``least`` [B]
     (``draw_least``) lets it.
     """
-    wants = q_halt > 0
+    wants = logit > 0
     if least is not None:
         wants &= steps >= least
     return (steps >= max_steps) | wants
@@ -213,6 +216,10 @@ class ACT(nn.Module):
     perplexity is made of; ``stablemax`` as the papers have it for puzzles. With ``per_sequence``
     each row's loss is the mean over its tokens, so that a short answer counts as much as a long one
     (the papers); otherwise every token counts the same (ours, for text).
+
+    The halting logit learns whether the whole answer is right. With ``q_continue`` the head's other
+    value learns what going on is worth: the better of both after one step more, or of halting alone
+    where that would be the last (HRM's Q-learning). It takes that step without gradients.
 
     In evaluation mode no row stops before ``halt_max_steps``.
     """
@@ -239,9 +246,9 @@ class ACT(nn.Module):
         """Refill, recur once, score, halt. The carry that comes back has no gradients.
 
         ``new`` holds at most ``carry.free`` examples on the model's device, padded to the carry's
-        length; ``least`` [B] is ``draw_least``'s, in training. ``where``: rows and positions of all labels, for who knows them; finding them waits
-        for the device. It means that free rows have lost their labels already (``refill``). Raises
-        ValueError for more examples than free rows.
+        length; ``least`` [B] is ``draw_least``'s, in training. ``where``: rows and positions of all
+        labels, for who knows them; finding them waits for the device. It means that free rows have
+        lost their labels already (``refill``). Raises ValueError for more examples than free rows.
         """
         model, config = self.model, self.model.config
         if where is None:
@@ -249,7 +256,9 @@ class ACT(nn.Module):
         rows = carry.rows
         x = model.embed(rows.inputs, rows.puzzle if model.prefix else None)
         z = self.step(carry.latents, x)
-        q_halt = model.q_values(z, rows.position if config.causal else None)[:, 0]
+        read_at = rows.position if config.causal else None
+        q = model.q_values(z, read_at)
+        q_halt, logit = q[:, 0], model.halting_logit(q.detach())
 
         labelled = rows.labels != IGNORE
         each = labelled.sum(1)
@@ -273,15 +282,22 @@ class ACT(nn.Module):
         # A row without labels has nothing to be right about, and teaches no halting.
         halting = F.binary_cross_entropy_with_logits(q_halt, exact.to(q_halt), reduction="none")
         halt_loss = halting.masked_fill(~has_labels, 0).sum()
+        steps = carry.steps + (~carry.halted)
+        continue_loss = torch.zeros_like(halt_loss)
+        if config.q_continue and self.training:
+            with torch.no_grad():
+                ahead = model.q_values(self.step(z, x), read_at)
+                best = torch.where(steps >= config.halt_max_steps, ahead[:, 0], ahead.amax(1))
+            worth = F.binary_cross_entropy_with_logits(q[:, 1], best.sigmoid(), reduction="none")
+            continue_loss = worth.masked_fill(~has_labels, 0).sum()
 
         with torch.no_grad():
-            steps = carry.steps + (~carry.halted)
             stop = steps >= config.halt_max_steps
             if self.training:
-                stop = halt(steps, q_halt, max_steps=config.halt_max_steps, least=least)
+                stop = halt(steps, logit, max_steps=config.halt_max_steps, least=least)
             finished = stop & ~carry.halted
             counted = finished & has_labels
-            halts_right = ((q_halt > 0) == exact) & has_labels
+            halts_right = ((logit > 0) == exact) & has_labels
             metrics = {
                 "tokens": each.sum(),
                 "tokens_right": right.sum(),
@@ -299,4 +315,6 @@ class ACT(nn.Module):
         after = Carry(rows, latents, steps, carry.halted | finished)
         # Of free rows, too: they have no labels.
         token_count = (rows.weight * (has_labels if self.per_sequence else each)).sum()
-        return after, Output(token_loss, token_count, halt_loss, metrics["rows"], metrics)
+        return after, Output(
+            token_loss, token_count, halt_loss, continue_loss, metrics["rows"], metrics
+        )

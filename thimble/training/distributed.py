@@ -24,9 +24,12 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from thimble.errors import ConfigError, EnvironmentProblem, GuardStop, Interrupted, ThimbleError
 from thimble.training.signals import handling, ignore_sigterm, leave_at_once
+from thimble.training.sparse_sign import sparse_weights
 
 # How long the address of the rendezvous may stay without an answer.
 RENDEZVOUS = timedelta(seconds=60)
@@ -312,6 +315,19 @@ class Processes:
                 if self.speaks(found):
                     print(f"error: {found}", file=sys.stderr, flush=True)
                 os._exit(found.status)
+
+
+def data_parallel(objective: nn.Module) -> nn.Module:
+    """The objective with its gradients averaged over processes; sparse ones, which NCCL cannot add
+    up, are left to ``SparseSignSGD``."""
+    sparse = sparse_weights(objective)
+    trained = (p for name, p in objective.named_parameters() if name not in sparse)
+    if not any(parameter.requires_grad for parameter in trained):
+        return objective
+    # Buffers are the same everywhere from the start, and nothing changes them.
+    left_out = [*sparse, *(name for name, _ in objective.named_buffers())]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, left_out)
+    return DistributedDataParallel(objective)
 
 
 def rendezvous(rank: int, count: int) -> Any:

@@ -27,6 +27,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        if not self.weights:  # all of them are frozen
+            return
         averages = [sharding.local(average) for average in self.averages.values()]
         weights = [sharding.local(weight) for weight in self.weights.values()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)

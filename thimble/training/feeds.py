@@ -81,7 +81,8 @@ class ConversationFeed:
         return rows, batch.lengths
 
     def width(self, longest: int) -> int:
-        return min(-(-longest // MULTIPLE) * MULTIPLE, self.data.seq_len)
+        # A process that has no example left computes with the others all the same.
+        return min(-(-max(longest, 1) // MULTIPLE) * MULTIPLE, self.data.seq_len)
 
     def cursor(self) -> dict[str, Any]:
         return {"place": self.batches.place}

@@ -26,15 +26,18 @@ from thimble.errors import DataError, GuardStop, Interrupted
 from thimble.models import interop
 from thimble.training import checkpoint, devices, guards, sharding
 from thimble.training.data import open_data
-from thimble.training.distributed import Processes, ProcessFailed
+from thimble.training.distributed import Processes, ProcessFailed, data_parallel
 from thimble.training.ema import EMA
 from thimble.training.loggers import Loggers
-from thimble.training.optimizer import make_optimizer, make_sparse_optimizer, schedule
+from thimble.training.optimizer import freeze, make_optimizer, make_sparse_optimizer, schedule
 from thimble.training.panel import Panel
 from thimble.training.run import Run, RunFolder
 from thimble.training.saddle import SaddleWatch, in_words
 from thimble.training.signals import StopRequest
 from thimble.training.task import make_task
+
+PUZZLES = "puzzle_embedding.weight"
+REMEMBERED = 1000  # steps
 
 
 def train(config: Config, resume: str | Path | None = None) -> Run:
@@ -95,6 +98,8 @@ class Trainer:
         self.model.checkpoint_activations = config.training.checkpoint_activations
         if config.training.load_checkpoint is not None:
             self.begin_with(config.training.load_checkpoint)
+        if config.optim.freeze_weights:
+            freeze(self.model)
         # Nothing here draws from the global generators; seeded, a library below that does repeats.
         torch.manual_seed(config.seed)
         np.random.seed(config.seed % 2**32)
@@ -107,9 +112,9 @@ class Trainer:
         if self.sharded:
             sharding.shard(self.objective, device, processes.count, compiled=self.task.compiled)
         elif processes.count > 1:
-            self.objective = DistributedDataParallel(self.objective)
+            self.objective = data_parallel(self.objective)
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.sparse = make_sparse_optimizer(self.model, config.optim)
+        self.sparse = make_sparse_optimizer(self.model, config.optim, processes)
         updated = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         # Embeddings of puzzles are neither clipped nor averaged: few of them are in a batch.
         named = [(n, p) for n, p in self.model.named_parameters() if id(p) in updated]
@@ -124,24 +129,42 @@ class Trainer:
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.stop_request = StopRequest(several=processes.count > 1)
+        self.places: dict[int, int] = {}  # in the data, before each of the last steps
 
     def begin_with(self, path: str) -> None:
         """Take the weights of another run's checkpoint; its optimizer and place stay behind."""
-        directory = checkpoint.resolve(path)
-        if interop.read_config(directory) != self.model.config:
+        directory, wanted = checkpoint.resolve(path), self.model.config
+        found = interop.read_config(directory)
+        before, puzzles = found.puzzle_identifiers, wanted.puzzle_identifiers
+        other_puzzles = before != puzzles and before > 0 and puzzles > 0
+        if other_puzzles:
+            found = found.model_copy(update={"puzzle_identifiers": puzzles})
+        if found != wanted:
             raise DataError(
                 f"{directory} holds another model than the one configured, so it cannot begin with "
                 "its weights. Use the model keys it was trained with; `thimble inspect` shows them."
             )
-        interop.load_native_tensors(self.model, interop.read_tensors(directory), directory)
+        tensors = interop.read_tensors(directory)
+        if other_puzzles:
+            # An identifier says nothing among other puzzles, so none keeps its vector (as in TRM).
+            mean = tensors[PUZZLES].mean(0, keepdim=True)
+            tensors[PUZZLES] = mean.repeat(puzzles, 1)
+        interop.load_native_tensors(self.model, tensors, directory)
         log.info("beginning with the weights of %s", directory)
+        if other_puzzles:
+            log.info(
+                "it had learned %s puzzles, these are %s: each begins as the mean of the old ones",
+                f"{before:,}",
+                f"{puzzles:,}",
+            )
 
     # --- the step
 
     def step(self) -> None:
         """One update from one global batch; leaves loss and gradient norm on the device."""
         state, config = self.state, self.config
-        self.before = state.windows
+        self.places[state.step] = state.windows
+        self.places.pop(state.step - REMEMBERED, None)
         pieces = self.task.micro_batches(state)
         loss = torch.zeros((), device=self.device)
         for number, piece in enumerate(pieces, 1):
@@ -156,7 +179,7 @@ class Trainer:
 
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.grad_clip)
-        self.norm = sharding.whole(norm)
+        self.norm = sharding.whole(norm).to(self.device)  # without gradients it is on the host
         half = self.scaler.is_enabled()
         skip = self.guard.observe(state.step, loss, self.norm, half)
         factor = schedule(config.optim, state.step, self.task.max_steps, self.task.share(state))
@@ -173,7 +196,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.sparse is not None:
             self.sparse.param_groups[0]["lr"] = config.optim.puzzle_emb_lr * factor
-            self.sparse.found_inf = skip  # type: ignore[attr-defined]
+            # Under a scaler the update of all weights is skipped when one gradient is infinite.
+            overflow = ~torch.isfinite(self.norm)
+            self.sparse.found_inf = torch.maximum(skip, overflow.float())  # type: ignore[attr-defined]
             self.sparse.step()
             self.sparse.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -395,7 +420,6 @@ class Trainer:
         self.clock = time.perf_counter()
 
     def resume(self, folder: RunFolder, given: Path) -> None:
-        self.before = 0
         if not checkpoint.steps(folder.checkpoints):
             log.info("%s has no checkpoint yet and begins anew.", folder.path)
             if self.processes.main:
@@ -436,15 +460,12 @@ class Trainer:
     def stop(self, verdict: guards.Verdict) -> None:
         """End the run; checkpoints and pointers stay as they are."""
         latest = self.folder.pointed("latest")
-        # On a GPU the host may learn of a bad step a few steps later.
-        batch = self.state.windows - self.before
-        place = self.state.windows - (self.state.step - verdict.step) * batch
         event = {
             "event": "guard",
             "kind": verdict.kind,
             "step": verdict.step,
             "reason": verdict.reason,
-            "windows": [place, place + batch],
+            "windows": self.windows_of(verdict.step),
         }
         if self.processes.main:
             self.folder.append(event)
@@ -453,6 +474,14 @@ class Trainer:
         )
         message = f"Stopped at step {verdict.step:,}: {verdict.reason}. {good} {verdict.advice}"
         raise GuardStop(message, self.folder.path, event)
+
+    def windows_of(self, step: int) -> list[int]:
+        """What this step took from the data, or the last one before it that took anything:
+        [first, end) in their order. On a GPU the host may learn of a bad step a few steps later."""
+        first = end = self.places.get(step + 1, self.state.windows)
+        while first == end and step in self.places:
+            first, step = self.places[step], step - 1
+        return [first, end]
 
     def leave(self) -> None:
         step = self.state.step

@@ -25,6 +25,7 @@ from thimble.models.recursive import RecursiveLM
 from thimble.objectives import linear_cross_entropy
 from thimble.objectives.act import ACT, empty_carry
 from thimble.objectives.next_token import NextToken
+from thimble.training.ema import EMA
 from thimble.training.optimizer import make_optimizer
 
 
@@ -33,7 +34,8 @@ class Memory:
     """Bytes at the peak of a step, by part.
 
     ``gradients`` are there during the passes only where several micro-batches add to them.
-    ``logits``: of one chunk of positions, with the gradients that the loss computes at once.
+    ``optimizer``: moments, and averages of the weights where a run keeps them. ``logits``: of one
+    chunk of positions, with the gradients that the loss computes at once.
     ``activations``: what autograd keeps for the backward pass, and what operations need for the
     moment. ``other``: the process itself and what its allocator does not give back; on a GPU 0.
     """
@@ -106,7 +108,23 @@ def _with_layers(config: Config, layers: int) -> Config:
     return config.model_copy(update={"model": model})
 
 
+_simulated: dict[tuple[Any, ...], Memory] = {}  # GPUs and stages often ask for the same
+
+
 def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
+    model = config.model
+    if model.schedule == "recursive":
+        # Cycles without gradients leave nothing behind: one of them stands for all.
+        cycles = min(model.H_cycles, model.bp_cycles + 1)
+        config = config.model_copy(update={"model": model.model_copy(update={"H_cycles": cycles})})
+    sections = (config.model, config.objective, config.optim, config.training)
+    key = (*(section.model_dump_json() for section in sections), dtype, device_type)
+    if key not in _simulated:
+        _simulated[key] = _run(config, dtype, device_type)
+    return _simulated[key]
+
+
+def _run(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
     training, vocabulary = config.training, config.model.vocab_size
     shape = (training.micro_batch_size, training.sequence_length)
     passes = min(training.gradient_accumulation_steps, 2)
@@ -116,6 +134,10 @@ def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
         model.checkpoint_activations = training.checkpoint_activations
         weights = count.live
         optimizer = make_optimizer(model, config.optim)
+        rate = config.optim.ema_rate
+        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = [(name, p) for name, p in model.named_parameters() if id(p) in updated]
+        averages = EMA(named, rate) if rate is not None else None
         ids = torch.zeros(shape, dtype=torch.int64)
         run = _pass(config, model, ids)
         for step in range(2):  # the optimizer's state is there from the second step on
@@ -123,6 +145,8 @@ def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
                 run().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if averages is not None:
+                averages.update()
             if step == 0:
                 state = count.live - weights - ids.nbytes
                 count.peak = 0

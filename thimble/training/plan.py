@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from thimble.config.schema import Config, ModelConfig
+from thimble.conversations import sources
 from thimble.training.data import open_data
 
+# Conversations of data sets that are not here: SlimOrca's as its documents count them, OpenOrca's
+# as its page on the hub does (1 million of GPT-4, 3.2 million of GPT-3.5).
+KNOWN_EXAMPLES = {"slimorca": 517_982, "openorca": 4_200_000}
 # From here on repeated text teaches little (Muennighoff et al. 2023, arXiv:2305.16264).
 USEFUL_EPOCHS = 4
 
@@ -29,36 +34,42 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     12 x layers x heads x head_dim x length (PaLM, arXiv:2204.02311, appendix B). Retention is
     counted alike within its chunks; beyond them a position is read into the memory and out of it.
     Of a recursive model these are the FLOPs of one supervision step: 2 per weight in every call of
-    a stack, and 4 more in those that gradients go through; its head is counted as if every token
-    were labelled.
+    a stack, and 4 more in those that gradients go through; what positions before the tokens take is
+    shared out among these, and its head is counted as if every token were labelled.
     """
     head = 6.0 * config.vocab_size * config.hidden_size
-    heads = config.num_attention_heads
-    seen = flops_between_positions(config, sequence_length)
+    heads, width = config.num_attention_heads, config.num_attention_heads * config.head_dim
     if config.schedule == "recursive":
+        positions = sequence_length + config.num_positions - config.max_position_embeddings
         mixer = 3 * config.mlp_mixer_width * config.hidden_size  # over positions, for each channel
         if config.mixer == "retention":
             mixer = heads * config.hidden_size * (2 * config.head_dim + 3 * config.value_width)
         elif config.mixer == "attention":
-            kv_heads = config.num_key_value_heads
-            mixer = 2 * config.hidden_size * config.head_dim * (heads + kv_heads)
-        block = 2.0 * (mixer + 3 * config.hidden_size * config.intermediate_size) + seen
-        return block * (config.blocks_per_step + 2 * config.blocks_with_gradients) + head
+            kv_width = config.num_key_value_heads * config.head_dim
+            gates = width if config.attention_gate else 0
+            mixer = config.hidden_size * (2 * (width + kv_width) + gates)
+        block = 2.0 * (mixer + 3 * config.hidden_size * config.intermediate_size)
+        block += flops_between_positions(config, positions)
+        # HRM's value of going on takes another step, without gradients.
+        forward = config.blocks_per_step * (2 if config.q_continue else 1)
+        blocks = forward + 2 * config.blocks_with_gradients
+        return block * blocks * positions / sequence_length + head
     weights = config.num_parameters
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size
-    return 6.0 * weights + 3.0 * config.num_hidden_layers * seen
+    between = flops_between_positions(config, sequence_length)
+    return 6.0 * weights + 3.0 * config.num_hidden_layers * between
 
 
-def flops_between_positions(config: ModelConfig, sequence_length: int) -> float:
+def flops_between_positions(config: ModelConfig, positions: int) -> float:
     """Forward FLOPs of a position in one block for what it takes from others, weights aside."""
     heads, keys, values = config.num_attention_heads, config.head_dim, config.value_width
     if config.mixer == "mlp":
         return 0.0  # all of it is weights
     if config.mixer == "retention":
-        chunk = min(config.retention_chunk, sequence_length)
+        chunk = min(config.retention_chunk, positions)
         return heads * (chunk * (keys + values) + 4.0 * keys * values)
-    return heads * keys * sequence_length * (2.0 if config.causal else 4.0)
+    return heads * keys * positions * (2.0 if config.causal else 4.0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,10 @@ class Plan:
     tokens_per_parameter: float
     flops_per_token: float
     flops: float
+    # What is left of tokens, FLOPs and time when every example halts after one supervision step; 1
+    # where there is nothing to halt, or steps are what ends the run.
+    halting_at_once: float
+    examples: int  # of an epoch: conversations, puzzles, windows
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,21 +97,52 @@ class Plan:
 @dataclass(frozen=True)
 class Amount:
     """What a run goes through: ``examples`` an epoch of ``length`` tokens on average, ``steps``
-    updates at most, ``seen`` examples in all of them, each as often as it is thought about."""
+    updates at most, ``seen`` examples in all of them, each as often as it is thought about.
+    ``ended_by_examples``: when all of them are done, before those steps."""
 
     examples: int
     length: float
     steps: int
     seen: int
     epochs: float
+    ended_by_examples: bool = False
+
+
+def is_away(config: Config) -> bool:
+    """Whether a run would have to fetch its conversations first, and how many is known anyway."""
+    known = _hub_name(config)
+    if known is None:
+        return False
+    folder = Path(config.dataset.data_dir or f"data/{known}")
+    return not folder.is_dir() or not any(
+        path.name.endswith(sources.ENDINGS) for path in folder.iterdir()
+    )
+
+
+def known_examples(config: Config) -> int:
+    """Training examples of a data set known by name, of which nothing is here."""
+    dataset, name = config.dataset, _hub_name(config)
+    assert name is not None, "data are here or known"
+    records = KNOWN_EXAMPLES[name]
+    if dataset.subset_size is not None:
+        records = min(records, dataset.subset_size)
+    return round(records * (1 - dataset.test_ratio - dataset.val_ratio))
+
+
+def _hub_name(config: Config) -> str | None:
+    if config.data.path is not None or config.dataset.name is None:
+        return None
+    name = config.dataset.name.lower().removeprefix("open-orca/")
+    return name if name in KNOWN_EXAMPLES and not Path(config.dataset.name).exists() else None
 
 
 def amount(config: Config) -> Amount:
-    """Of a configuration whose data are there; see ``data.open_data`` for what is raised.
+    """Of a configuration whose data are there, or are known by name; see ``data.open_data`` for
+    what is raised.
 
     Of deep supervision the most it can be: that no example halts before its last step.
     """
-    data = open_data(config)
+    data = None if config.data.path is None else open_data(config)
     training = config.training
     batch = training.micro_batch_size * training.gradient_accumulation_steps
     if config.objective.name == "next_token":
@@ -109,20 +155,22 @@ def amount(config: Config) -> Amount:
         )
     from thimble.conversations.dataset import Conversations
 
-    if isinstance(data, Conversations):
+    if data is None:
+        examples, length = known_examples(config), float(config.dataset.seq_len)
+    elif isinstance(data, Conversations):
         lengths = data.examples["length"][data.split("train")] - 1
         examples, length = len(lengths), float(lengths.mean()) if len(lengths) else 0.0
     else:
         examples, length = len(data.order(config.seed, 0)), float(data.metadata.seq_len)
     thought = config.model.halt_max_steps
-    steps = training.max_steps
+    steps, ended = training.max_steps, False
     if training.max_epochs is not None:
         most = math.ceil(training.max_epochs * examples * thought / batch) + thought
-        steps = min(steps, most)
+        steps, ended = min(steps, most), most <= steps
     seen = steps * batch
     if training.max_epochs is not None:
         seen = min(seen, round(training.max_epochs * examples) * thought)
-    return Amount(examples, length, steps, seen, seen / thought / max(examples, 1))
+    return Amount(examples, length, steps, seen, seen / thought / max(examples, 1), ended)
 
 
 def plan(config: Config) -> Plan:
@@ -138,11 +186,18 @@ def plan(config: Config) -> Plan:
     per_token = flops_per_token(config.model, training.sequence_length)
 
     warnings = []
+    if config.data.path is None:
+        folder = config.dataset.data_dir or f"data/{_hub_name(config)}"
+        warnings.append(
+            f"{folder} has no conversations yet. Assumed: {run.examples:,} for training, of the "
+            f"{KNOWN_EXAMPLES[str(_hub_name(config))]:,} its documents speak of, each as long as "
+            f"dataset.seq_len={config.dataset.seq_len} allows."
+        )
     thought = config.model.halt_max_steps
     if recursive and thought > 1:
         warnings.append(
-            f"Counted as if every example were thought about for all {thought} supervision steps; "
-            "a halting head that learns makes it less."
+            f"Tokens, FLOPs and steps are counted as if every example were thought about for all "
+            f"{thought} supervision steps; a halting head that learns makes it less."
         )
     if steps < training.max_steps and not recursive:
         warnings.append(
@@ -188,5 +243,7 @@ def plan(config: Config) -> Plan:
         tokens_per_parameter=tokens / parameters,
         flops_per_token=per_token,
         flops=per_token * tokens,
+        halting_at_once=1 / thought if recursive and run.ended_by_examples else 1.0,
+        examples=run.examples,
         warnings=warnings,
     )

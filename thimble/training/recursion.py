@@ -37,11 +37,13 @@ from thimble.training.feeds import ConversationFeed, Feed, PuzzleFeed
 SUMS = (
     *("token_loss", "token_count", "halt_loss", "rows", "finished", "finished_steps"),
     *("finished_labelled", "finished_accuracy", "finished_right", "finished_halts_right"),
+    "continue_loss",
 )
 # What they are called in the documents.
 RECORDED = {
     "token_loss": "lm_loss",
     "halt_loss": "q_halt_loss",
+    "continue_loss": "q_continue_loss",
     "finished_steps": "steps",
     "finished_accuracy": "accuracy",
     "finished_right": "exact_accuracy",
@@ -195,10 +197,10 @@ class RecursionTask:
         tokens, rows = piece["counts"]
         carry, out = objective(piece["carry"], least=piece["least"], where=piece["where"])
         self.pieces.append(carry)
-        figures = {**out.metrics, "token_loss": out.token_loss, "halt_loss": out.halt_loss,
-                   "token_count": out.token_count}  # fmt: skip
+        losses = ("token_loss", "token_count", "halt_loss", "continue_loss")
+        figures = out.metrics | {name: getattr(out, name) for name in losses}
         self.sums += torch.stack([figures[name].detach().float() for name in SUMS])
-        return out.token_loss / tokens + HALT_WEIGHT * out.halt_loss / rows
+        return out.token_loss / tokens + HALT_WEIGHT * (out.halt_loss + out.continue_loss) / rows
 
     def settle(self) -> None:
         self.carry = act.join(self.pieces)
@@ -240,6 +242,7 @@ class RecursionTask:
         found = {
             **mean("token_loss", "token_count"),
             **mean("halt_loss", "rows"),
+            **(mean("continue_loss", "rows") if self.model.config.q_continue else {}),
             **mean("finished_steps", "finished"),
             **mean("finished_accuracy", "finished_labelled"),
             **mean("finished_right", "finished_labelled"),
@@ -339,7 +342,9 @@ class RecursionTask:
         latents = tuple(mine[f"latents.{index}"] for index in range(len(self.carry.latents)))
         self.carry = Carry(rows, latents, mine["steps"], mine["halted"].bool())
         self.halted.copy_(self.carry.halted)
-        self.sums.copy_(tensors["sums"] if self.processes.main else torch.zeros(len(SUMS)))
+        self.sums.zero_()
+        if self.processes.main:
+            self.sums[: len(tensors["sums"])] = tensors["sums"].to(self.device)
         labels, inputs = (rows.labels.cpu().numpy(), tensors["rows.inputs"])
         for row in range(len(labels)):
             self.labels[row] = np.flatnonzero(labels[row] != IGNORE)
