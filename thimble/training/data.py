@@ -78,7 +78,7 @@ def open_data(config: Config, split: str = "train") -> Any:
     Raises DataError when it is not there, not whole, or of a kind the objective cannot have, and
     ConfigError when the model's vocabulary or length does not fit.
     """
-    if config.objective.name == "next_token":
+    if config.objective.name != "act":
         return _tokens(config, split)
     if _kind(config.data.folder) == "conversations":
         return _conversations(config)

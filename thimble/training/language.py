@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from thimble.config.schema import Config
 from thimble.evaluation.perplexity import evaluate_split
 from thimble.generation.sampling import generate_ids
 from thimble.models.causal_lm import CausalLM
+from thimble.models.recursive import RecursiveLM
+from thimble.models.retention import document_starts
 from thimble.objectives.linear_cross_entropy import token_losses
 from thimble.objectives.next_token import NextToken
 from thimble.tokens.loader import Windows
@@ -25,6 +27,15 @@ from thimble.training.distributed import Processes
 from thimble.training.plan import total_steps
 
 
+class Piece(NamedTuple):
+    """A pass: inputs and targets [B, T], the windows' numbers [B], what the sum is scaled by."""
+
+    inputs: Tensor
+    targets: Tensor
+    numbers: list[int]
+    scale: float
+
+
 class NextTokenTask:
     """Windows in a keyed order -> cross-entropy of the next token."""
 
@@ -34,7 +45,7 @@ class NextTokenTask:
         self,
         config: Config,
         data: TokenSplit,
-        model: CausalLM,
+        model: CausalLM | RecursiveLM,
         device: torch.device,
         processes: Processes,
         *,
@@ -50,26 +61,43 @@ class NextTokenTask:
         self.per_epoch = self.windows.count
         self.max_steps = total_steps(config, self.per_epoch)
         self.compiled = should_compile(config, model, self.max_steps, device)
-        self.objective: nn.Module = NextToken(model, compiled=self.compiled and not sharded)
+        if isinstance(model, RecursiveLM):
+            model.q_head.requires_grad_(False)  # nothing here says when to halt
+        self.objective: nn.Module = self.make_objective(
+            model, compiled=self.compiled and not sharded
+        )
         self.tokenizer = load_tokenizer(config.data.folder)
+        self.end_id: int = data.eot_id
         self.fingerprint: str = data.manifest["fingerprint"]
 
-    def micro_batches(self, state: TrainerState) -> list[tuple[Tensor, Tensor, float]]:
+    def make_objective(self, model: CausalLM | RecursiveLM, *, compiled: bool) -> nn.Module:
+        return NextToken(model, compiled=compiled)
+
+    def micro_batches(self, state: TrainerState) -> list[Piece]:
         for first, end in sorted(self.config.training.skip_windows):
             if first < state.windows + self.batch_size and state.windows < end:
                 state.windows = end
-        inputs, targets = self.windows.batch(state.windows, self.batch_size)
+        numbers = self.windows.order(state.windows, self.batch_size)
+        inputs, targets = self.windows.rows(numbers)
         # The mean over all targets of the step: whatever way it is split, the same gradient.
         count = int((targets != -100).sum())
         state.windows += self.batch_size
         state.tokens += count
         mine = devices.send(self.device, inputs[self.rows], targets[self.rows])
         pieces = zip(*(tensor.split(self.micro) for tensor in mine), strict=True)
-        return [(*piece, 1 / max(count, 1)) for piece in pieces]
+        wanted = numbers[self.rows].tolist()
+        parts = [wanted[at : at + self.micro] for at in range(0, len(wanted), self.micro)]
+        return [
+            Piece(*piece, part, 1 / max(count, 1))
+            for piece, part in zip(pieces, parts, strict=True)
+        ]
 
-    def loss(self, objective: nn.Module, piece: tuple[Tensor, Tensor, float]) -> Tensor:
-        inputs, targets, scale = piece
-        return objective(inputs, targets) * scale
+    def loss(self, objective: nn.Module, piece: Piece) -> Tensor:
+        starts = self.starts(piece.inputs)
+        return objective(piece.inputs, piece.targets, starts) * piece.scale
+
+    def starts(self, inputs: Tensor) -> Tensor | None:
+        return document_starts(self.model.config, inputs, self.end_id)
 
     def settle(self) -> None:
         pass
@@ -96,6 +124,9 @@ class NextTokenTask:
             config.evaluation.max_tokens,
             device=self.device,
         )
+        return self.figures(result)
+
+    def figures(self, result: dict[str, Any]) -> dict[str, Any]:
         return {
             "val_loss": result["loss"],
             "val_perplexity": result["perplexity"],
@@ -104,7 +135,8 @@ class NextTokenTask:
         }
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(self.model.hidden(inputs), self.model.head.weight, targets)
+        hidden = self.model.hidden(inputs, starts_bt=self.starts(inputs))
+        return token_losses(hidden, self.model.head.weight, targets)
 
     def samples(self) -> list[str]:
         # A sharded model needs all of its processes.

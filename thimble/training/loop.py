@@ -20,6 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from thimble import artifacts
+from thimble.config import load as configuration
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, GuardStop, Interrupted
@@ -446,6 +447,9 @@ class Trainer:
         self.task.resume(cursor, checkpoint.tensors(directory, "carry"))
         if self.ema is not None:
             self.ema.resume(checkpoint.tensors(directory, "trained"))
+        before = configuration.load_run(directory).objective.name
+        if before != self.config.objective.name:
+            self.begin_objective(folder, before)
         stops = [record for record in folder.records() if record.get("event") == "guard"]
         if stops and stops[-1]["kind"] == "plateau" and stops[-1]["step"] >= self.state.step:
             self.state.lowest_loss = None  # it has been seen; whoever goes on begins to count anew
@@ -456,6 +460,25 @@ class Trainer:
             folder.rewind(self.state.step)
             folder.append({"event": "resumed", "step": self.state.step})
         log.info("resuming from %s (step %d)", directory, self.state.step)
+
+    def begin_objective(self, folder: RunFolder, before: str) -> None:
+        """Go on with weights, optimizer and place in the data, and another loss than before.
+
+        What was remembered of losses is of the other one. The run's own configuration becomes the
+        present one, so that it is gone on with; the former stays beside it.
+        """
+        state, now = self.state, self.config.objective.name
+        state.lowest_loss = state.smoothed_loss = state.saddle = None
+        state.pending_loss, state.pending_steps = 0.0, 0
+        log.info("step %d: from objective %s to %s", state.step, before, now)
+        if not self.processes.main:
+            return
+        former = folder.path / f"config.until-step-{state.step:06d}.yaml"
+        (folder.path / configuration.CONFIG_FILE).rename(former)
+        configuration.save(self.config, folder.path / configuration.CONFIG_FILE)
+        event: dict[str, Any] = {"event": "objective", "step": state.step}
+        event |= {"from": before, "to": now, "former_config": former.name}
+        folder.append(event | self.task.documents())
 
     def stop(self, verdict: guards.Verdict) -> None:
         """End the run; checkpoints and pointers stay as they are."""

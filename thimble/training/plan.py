@@ -145,7 +145,7 @@ def amount(config: Config) -> Amount:
     data = None if config.data.path is None else open_data(config)
     training = config.training
     batch = training.micro_batch_size * training.gradient_accumulation_steps
-    if config.objective.name == "next_token":
+    if config.objective.name != "act":
         from thimble.tokens.loader import Windows
 
         windows = Windows(data.tokens, training.sequence_length, config.seed).count
