@@ -174,6 +174,7 @@ class ServedTeacher:
                 "would be at another does not follow from them. Use temperature 1, or load the "
                 "teacher directly."
             )
+        asked.check(examples.vocab_size)
         self.server = Server(url, timeout=timeout, retries=retries)
         self.asked, self.vocab_size, self.at_once = asked, examples.vocab_size, at_once
         self.model, context = self._find(model)
