@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.helpers_training import token_directory
 from tests.models.test_causal_lm import model_of, small
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.models.causal_lm import CausalLM
 from thimble.tokens.shards import TokenSplit
 from thimble.tokens.tokenizer import Tokenizer, load_tokenizer

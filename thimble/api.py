@@ -6,7 +6,9 @@ Errors are those of ``thimble.errors``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from thimble.conversations.build import Built
     from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
+    from thimble.evaluation.comparison import Comparison
     from thimble.evaluation.evaluate import Evaluation, Selection
+    from thimble.evaluation.evaluate_recursive import RecursiveEvaluation
     from thimble.export.deployment import Export
     from thimble.generation import Model
     from thimble.quantization.ladder import Quantization
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from thimble.teachers.fill import Filled
     from thimble.teachers.finetune import Finetuned
     from thimble.training import Run
-    from thimble.training.forecast import Forecast
+    from thimble.training.forecast import Forecast, Stages
 
 PathLike = str | Path
 
@@ -104,11 +108,11 @@ def build_conversations(
     ``name``: ``slimorca`` or ``openorca`` (fetched), a corpus with conversations, or a file or
     folder. ``tokenizer``: a path, or the variable LLAMA_TOKENIZER. ``options``: ``seq_len``,
     ``subset_size``, ``test_ratio``, ``template``, ``system_message``, ``vocab_size``, ``data_dir``,
-    ``seed``, as in ``thimble.conversations.options``.
+    ``seed``, as in ``thimble.config.schema``.
     """
     from pydantic import ValidationError
 
-    from thimble.conversations.options import DatasetConfig
+    from thimble.config.schema import DatasetConfig
 
     path = None if tokenizer is None else str(tokenizer)
     try:
@@ -148,8 +152,8 @@ def build_maze(output: PathLike | None = None, **options: Any) -> Path:
 def build_arc(output: PathLike | None = None, *, input_file_prefix: str, **options: Any) -> Path:
     """Make an ARC data set from the combined files; returns its folder (data/puzzles/arc).
 
-    ``options``: ``subsets``, ``test_set_name``, ``num_aug``, ``seed``, ``workers``, as in
-    ``thimble.puzzles.arc.build``.
+    ``options``: ``subsets``, ``test_set_name``, ``num_aug``, ``max_side``, ``seed``, ``workers``,
+    as in ``thimble.puzzles.arc.build``.
     """
     from thimble.puzzles import arc
 
@@ -237,17 +241,29 @@ def find_corpus(corpus: PathLike) -> Path:
     )
 
 
-def plan(recipe: PathLike, *overrides: str, measure: bool = True, **nested: Any) -> Forecast:
+def plan(
+    recipe: PathLike, *overrides: str, measure: bool = True, **nested: Any
+) -> Forecast | Stages:
     """What a run would need and take, before it is started: tokens, memory, hours, cost.
 
-    ``measure``: take a few real steps on this machine, for its speed and its memory.
+    Names of more recipes before the overrides are stages that follow, each from the weights of the
+    one before, and their sum is given; the overrides hold for all. ``measure``: take a few real
+    steps on this machine, for its speed and its memory. Nothing is fetched for it: of
+    conversations that are not here the number is taken from their documents.
     """
     from thimble.config.load import load as load_config
+    from thimble.config.load import recipe_names
 
-    config = load_config(recipe, overrides, nested)
-    from thimble.training.forecast import forecast  # heavy: after what the user got wrong
+    more = list(itertools.takewhile(recipe_names().__contains__, overrides))
+    rest = overrides[len(more) :]
+    configs = [load_config(name, rest, nested) for name in (recipe, *more)]
+    # What is heavy comes after the check of what was typed.
+    from thimble.training.data import ready
+    from thimble.training.forecast import Stages, forecast
+    from thimble.training.plan import is_away
 
-    return forecast(config, measure=measure)
+    found = [forecast(each if is_away(each) else ready(each), measure=measure) for each in configs]
+    return Stages(found) if more else found[0]
 
 
 def train(
@@ -276,13 +292,15 @@ def train(
         )
     config = None if recipe is None else load_config(recipe, overrides, nested)
     # What is heavy comes after the check of what was typed.
+    from thimble.config.schema import DataConfig
+    from thimble.training import data, train_with_retries
     from thimble.training import plan as planning
-    from thimble.training import train_with_retries
     from thimble.training.hooks import told
     from thimble.training.run import RunFolder
 
     if resume is None:
         assert config is not None
+        config = data.ready(config)
         for warning in planning.plan(config).warnings:
             log.warning("%s", warning)
     else:
@@ -297,7 +315,9 @@ def train(
                 f"{run} is a run of {saved.recipe}, not of {config.recipe}. Resume it with:\n"
                 f"  thimble train {saved.recipe} --resume {resume}"
             )
-        config, resume = saved, run if resume == "auto" else resume
+        if any(re.match(r"[-+]*dataset\b", key) for key in (*overrides, *nested)):
+            saved = saved.model_copy(update={"data": DataConfig()})  # it may be others now
+        config, resume = data.ready(saved), run if resume == "auto" else resume
     with told(on_success, on_failure) as runs:
         runs.append(train_with_retries(config, retry, resume))
     return runs[0]
@@ -328,11 +348,44 @@ def sweep(
     return run_all(recipe, overrides, nested, resume)
 
 
-def load(path: PathLike, device: str = "auto") -> Model:
-    """A trained model from a checkpoint, or from a run (its best checkpoint)."""
+def compare(
+    recipe: PathLike | None = None,
+    *overrides: str,
+    run: PathLike | None = None,
+    retry: int = 0,
+    subset_size: int | None = None,
+    **nested: Any,
+) -> Comparison:
+    """Train a recursive recipe and plain transformers beside it; one table of the test split.
+
+    The plain ones have the recursive model's computation, and its parameters, and as many updates.
+    ``run``: a recursive run in place of a recipe, finished or not; only what is missing is trained.
+    ``retry`` as in ``train``, ``subset_size`` as in ``evaluate``. The result is kept as
+    ``comparison.json`` in the recursive run, where ``report`` finds it.
+    """
+    if (recipe is None) == (run is None) or (run is not None and (overrides or nested)):
+        raise ConfigError(
+            "Give a recursive recipe, or a run to compare or to go on with. For example:\n"
+            "  thimble compare instruct_os\n  thimble compare --run runs/instruct_os/<time>-<slug>"
+        )
+    from thimble.config.load import load as load_config
+
+    if recipe is not None:
+        load_config(recipe, overrides, nested)
+    # What is heavy comes after the check of what was typed.
+    from thimble.compare import compare as run_all
+
+    return run_all(recipe, overrides, nested, run=run, retry=retry, subset_size=subset_size)
+
+
+def load(path: PathLike, device: str = "auto", *, seq_len: int | None = None) -> Model:
+    """A trained model from a checkpoint, or from a run (its best checkpoint).
+
+    ``seq_len``: longest conversation, in place of the one in training.
+    """
     from thimble import generation
 
-    return generation.load(Path(path), device=device)
+    return generation.load(Path(path), device, seq_len=seq_len)
 
 
 def accept(path: PathLike, *, split: str = "val", device: str = "auto") -> Acceptance:
@@ -350,13 +403,18 @@ def evaluate(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     device: str = "auto",
-) -> Evaluation | Selection:
+    **recursive: Any,
+) -> Evaluation | RecursiveEvaluation | Selection:
     """Measure a checkpoint on held-out text, by category, its generation, speed and benchmark.
 
     One path gives an ``Evaluation``, kept as ``evaluation_report.json`` in the checkpoint. Several,
     or a run with ``every`` (all its checkpoints), give a ``Selection``: the ranking by weighted
     score, kept as ``best_checkpoint_selection.json``. ``tokens``: held-out text for a checkpoint
     that is not of a run of ours. ``tasks``: of lm-evaluation-harness, ``limit`` items of each.
+
+    A recursive model gives a ``RecursiveEvaluation``: its answers after each supervision step.
+    ``recursive``: ``subset_size``, ``save_outputs``, ``overrides`` and the other fields of
+    ``thimble.evaluation.request.Request``; ``split`` may be ``train``, too.
     """
     from thimble.evaluation.evaluate import all_checkpoints, select
     from thimble.evaluation.evaluate import evaluate as measure
@@ -365,6 +423,7 @@ def evaluate(
     if not chosen:
         raise ConfigError("Which checkpoint? For example:\n  thimble evaluate runs/slm_nano/...")
     options: dict[str, Any] = {"split": split, "tokens": tokens, "tasks": tasks, "limit": limit}
+    options |= recursive
     several = every or len(chosen) > 1
     return (
         select(chosen, device=device, **options)
@@ -392,23 +451,36 @@ def quantize(
     )
 
 
+# Of a configuration's keys those that mean something when a model answers.
+GENERATION_KEYS = ("dataset.seq_len", "dataset.system_message")
+
+
 def generate(
     path: PathLike,
     *,
     prompt: str | None = None,
     message: str | None = None,
+    system_message: str | None = None,
     device: str = "auto",
-    stream: Callable[[str], object] | None = None,
-    **sampling: Any,
+    overrides: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> str:
-    """Continue a prompt, or answer a message; ``stream`` receives the text piece by piece.
+    """Continue a prompt, or answer a message.
 
-    ``sampling``: ``max_tokens``, ``temperature``, ``top_k``, ``top_p``, ``seed``.
+    ``options``: ``max_tokens``, ``temperature``, ``top_k``, ``top_p``, ``seed``, ``steps``,
+    ``stream``, ``watch``, as in ``thimble.generation.model.Options``. ``overrides``:
+    ``dataset.seq_len``, for longer conversations than in training, ``dataset.system_message``.
     """
     if (prompt is None) == (message is None):
         raise ConfigError("Give either --prompt (to be continued) or --message (to be answered).")
-    model = load(path, device)
-    return model.generate(prompt=prompt, message=message, stream=stream, **sampling)
+    given = dict(overrides or {})
+    length = given.get("dataset.seq_len")
+    if length is not None and not (length.isdecimal() and int(length)):
+        raise ConfigError(f"dataset.seq_len={length} is not a number of tokens, 1 or more.")
+    model = load(path, device, seq_len=int(length) if length else None)
+    if system_message is None:
+        system_message = given.get("dataset.system_message")
+    return model.generate(prompt, message, system_message=system_message, **options)
 
 
 def chat(
@@ -417,18 +489,19 @@ def chat(
     *,
     device: str = "auto",
     stream: Callable[[str], object] | None = None,
-    **sampling: Any,
+    **options: Any,
 ) -> list[dict[str, str]]:
     """Answer one message after the other; returns the conversation as roles and contents.
 
     ``messages`` may be a generator that asks a person: the next message is taken when the last one
-    has been answered. ``stream`` and ``sampling`` as in ``generate``; an answer ends with "\\n".
+    has been answered. ``stream``, ``system_message`` and ``options`` as in ``generate``; an answer
+    ends with "\n".
     """
     model = load(path, device)
     conversation: list[dict[str, str]] = []
     for message in messages:
         conversation.append({"role": "user", "content": message})
-        answer = model.chat(conversation, stream=stream, **sampling)
+        answer = model.chat(conversation, stream=stream, **options)
         conversation.append({"role": "assistant", "content": answer})
         if stream:
             stream("\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +18,8 @@ from thimble.command import (
 from thimble.terminal import show_error
 from thimble.words import (
     Checkpoint,
+    CheckpointOption,
+    CheckpointWords,
     Device,
     Dtype,
     HeldOut,
@@ -27,15 +29,21 @@ from thimble.words import (
     OutputFolder,
     Overrides,
     Recipe,
+    Retry,
     Seed,
+    Steps,
+    SystemMessage,
     Temperature,
     TopK,
     TopP,
     check_options,
+    checkpoint_and_overrides,
     complete_key,
     complete_override,
     complete_recipe,
     fill_resume,
+    named_outputs,
+    settings_of,
 )
 
 __all__ = ["app", "cli_data", "main"]
@@ -76,12 +84,7 @@ def train(
         typer.Option(metavar="[auto|PATH]", help="Go on: the newest run, or this run/checkpoint."),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Short for training.max_steps=N.")] = None,
-    retry: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Mend a stopped run so often; default: 3 without a terminal, or 0."
-        ),
-    ] = None,
+    retry: Retry = None,
     on_success: Annotated[str | None, typer.Option(help="Shell command to call then.")] = None,
     on_failure: Annotated[str | None, typer.Option(help="Shell command to call then.")] = None,
 ) -> Any:
@@ -95,10 +98,13 @@ def train(
         recipe = None
     if max_steps is not None:
         words.append(f"training.max_steps={max_steps}")
-    if retry is None:
-        retry = 0 if sys.stderr.isatty() else 3
     return api.train(
-        recipe, *words, resume=resume, retry=retry, on_success=on_success, on_failure=on_failure
+        recipe,
+        *words,
+        resume=resume,
+        retry=retries(retry),
+        on_success=on_success,
+        on_failure=on_failure,
     )
 
 
@@ -129,6 +135,32 @@ def sweep(
     return api.sweep(recipe, *words, resume=resume)
 
 
+@verb(app, "compare", overrides=True)
+def compare(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recursive recipe, or the path of a run's config.yaml; not with --run.",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", "--resume", metavar="PATH", help="This run; what is missing of it."),
+    ] = None,
+    retry: Retry = None,
+    subset_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Evaluate so many examples.")
+    ] = None,
+) -> Any:
+    """A recursive model beside plain transformers of its computation and of its parameters."""
+    options = ["--run", "--resume", "--retry", "--subset-size", "--json", "--help"]
+    words = check_options(overrides or [], options)
+    return api.compare(recipe, *words, run=run, retry=retries(retry), subset_size=subset_size)
+
+
 @verb(app, "accept")
 def accept(
     checkpoint: Checkpoint,
@@ -141,11 +173,15 @@ def accept(
 
 @verb(app, "evaluate")
 def evaluate(
-    checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="Or a run: its best one.")
-    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CHECKPOINT...", help="Or a run: its best one."),
+    ] = None,
+    checkpoint: CheckpointOption = None,
     every: Annotated[bool, typer.Option("--all", help="All checkpoints of the run.")] = False,
-    split: Annotated[str, typer.Option(help="Held-out split: test or val.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="Held-out split: test or val; of a recursive model also train.")
+    ] = "test",
     tokens: Annotated[
         str | None, typer.Option(help="Tokens to measure on, for a checkpoint of another program.")
     ] = None,
@@ -153,17 +189,56 @@ def evaluate(
         str | None, typer.Option(help="Of lm-evaluation-harness: names or YAML files, a,b,c.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each such task.")] = None,
+    subset_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Recursive: so many examples.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Recursive: rows of a batch.")
+    ] = None,
+    max_batches: Annotated[
+        int | None, typer.Option(min=1, help="Recursive: at most so many.")
+    ] = None,
+    save_outputs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME...", help="Recursive: tensors to keep, such as preds."),
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(help="Where to keep them; default: the checkpoint.")
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Recursive: dataset.data_dir.")] = None,
+    tokenizer_path: Annotated[
+        str | None, typer.Option(help="Recursive: checked to be the one trained with.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Recursive: dataset.seq_len.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE...", help="Recursive: dataset.*, model.halt_max_steps."),
+    ] = None,
     device: Device = "auto",
 ) -> Any:
     """Perplexity, accuracy, texts, speed and benchmark; several checkpoints are ranked."""
+    from thimble.evaluation.request import KEYS
+
+    given, settings = settings_of([*(words or []), *(overrides or [])], KEYS)
+    paths, outputs = named_outputs(given, save_outputs)
     return api.evaluate(
-        *checkpoints,
+        *([checkpoint] if checkpoint else []),
+        *paths,
         every=every,
         split=split,
         tokens=tokens,
         tasks=tuple(tasks.split(",")) if tasks else (),
         limit=limit,
         device=device,
+        subset_size=subset_size,
+        batch_size=batch_size,
+        max_batches=max_batches,
+        save_outputs=outputs,
+        output_dir=output_dir,
+        data_dir=data_dir,
+        tokenizer_path=tokenizer_path,
+        seq_len=seq_len,
+        overrides=settings,
     )
 
 
@@ -189,52 +264,79 @@ def quantize(
 
 @verb(app, "generate")
 def generate(
-    checkpoint: Checkpoint,
+    words: CheckpointWords = None,
+    checkpoint: CheckpointOption = None,
     prompt: Annotated[str | None, typer.Option(help="Text to be continued.")] = None,
     message: Annotated[str | None, typer.Option(help="Question to be answered.")] = None,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.8,
+    system_message: SystemMessage = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
     top_k: TopK = 50,
     top_p: TopP = 1.0,
     seed: Seed = 1,
+    steps: Steps = None,
+    watched: Annotated[
+        bool, typer.Option("-V", help="Also --verbose: what was likely at each token.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE...", help="dataset.seq_len, dataset.system_message."),
+    ] = None,
     device: Device = "auto",
 ) -> Any:
     """Continue a prompt, or answer a message."""
+    path, settings = checkpoint_and_overrides(words, checkpoint, overrides, api.GENERATION_KEYS)
+    watched |= output.verbosity > 0
+    tokens: list[Any] = []
     text = api.generate(
-        checkpoint,
+        path,
         prompt=prompt,
         message=message,
         device=device,
+        overrides=settings,
+        system_message=system_message,
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stream=None if output.json else write_piece,
+        steps=steps,
+        stream=None if output.json or watched else write_piece,
+        watch=token_writer(tokens) if watched else None,
     )
-    return {"text": text} if output.json else print()
+    if output.json:
+        return {"text": text} | (
+            {"tokens": [token.to_dict() for token in tokens]} if watched else {}
+        )
+    return print(f"=== Generated Response ===\n{text}" if watched else "")
 
 
 @verb(app, "chat")
 def chat(
-    checkpoint: Checkpoint,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.8,
+    words: CheckpointWords = None,
+    checkpoint: CheckpointOption = None,
+    system_message: SystemMessage = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
     top_k: TopK = 50,
     top_p: TopP = 1.0,
     seed: Seed = 1,
+    steps: Steps = None,
     device: Device = "auto",
 ) -> Any:
     """Talk with a model, line by line; an empty line or Ctrl-D ends it."""
+    path, _ = checkpoint_and_overrides(words, checkpoint, None, ())
     conversation = api.chat(
-        checkpoint,
+        path,
         read_messages(),
         device=device,
+        system_message=system_message,
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        steps=steps,
         stream=None if output.json else write_piece,
     )
     return {"messages": conversation} if output.json else None
@@ -315,8 +417,25 @@ def explain(
 # --------------------------------------------------------------------------------- the terminal
 
 
+def retries(given: int | None) -> int:
+    """Without a terminal nobody is there to mend a stopped run."""
+    return given if given is not None else 0 if sys.stderr.isatty() else 3
+
+
 def write_piece(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def token_writer(tokens: list[Any]) -> Callable[[Any], None]:
+    """What keeps the tokens as they come, and shows each on standard error."""
+    from thimble.generation.trace import HEADER
+
+    def write(token: Any) -> None:
+        if not output.json:
+            print(*([] if tokens else [HEADER]), token.line(), sep="\n", file=sys.stderr)
+        tokens.append(token)
+
+    return write
 
 
 def read_messages() -> Iterator[str]:

@@ -210,6 +210,9 @@ def puzzles_build_arc(
     num_aug: Annotated[
         int, typer.Option(min=0, metavar="N", help="Augmentations of each task.")
     ] = 1000,
+    max_side: Annotated[
+        int, typer.Option(min=1, max=30, metavar="N", help="Leave out tasks with larger grids.")
+    ] = 30,
     output: OutputFolder = None,
     seed: PuzzleSeed = 42,
     workers: Workers = None,
@@ -223,6 +226,7 @@ def puzzles_build_arc(
         **given(subsets=[*(subsets or []), *(more or [])] or None),
         test_set_name=test_set_name,
         num_aug=num_aug,
+        max_side=max_side,
         seed=seed,
         workers=workers,
     )

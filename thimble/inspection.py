@@ -59,7 +59,7 @@ def _artefact(path: Path) -> dict[str, Any]:
     damage = damaged_files(path, manifest, hashes=True)
     shown = {
         key: manifest[key]
-        for key in ("created", "fingerprint", "counts", "options", "inputs", "versions")
+        for key in ("created", "fingerprint", "counts", "checks", "options", "inputs", "versions")
         if manifest.get(key) not in (None, {}, [])
     }
     return {

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from thimble.errors import ConfigError
+
 # ---------------------------------------------------------------------------- what is completed
 
 
@@ -61,7 +63,18 @@ Overrides = Annotated[
         autocompletion=complete_override,
     ),
 ]
+Retry = Annotated[
+    int | None,
+    typer.Option(min=0, help="Mend a stopped run so often; default: 3 without a terminal, or 0."),
+]
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder, or a run (its best one).")]
+CheckpointWords = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or a run (its best one)."),
+]
+CheckpointOption = Annotated[
+    str | None, typer.Option("--checkpoint", help="The same, as an option.")
+]
 OutputFile = Annotated[str | None, typer.Option("--output", "-o", help="File to write.")]
 NewFolder = Annotated[str, typer.Option("--output", "-o", help="Folder to write; must be new.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as is.")]
@@ -100,11 +113,33 @@ RamDisk = Annotated[
     bool, typer.Option("--ram-disk", help="Copy the weights to /dev/shm for loading them.")
 ]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
+SystemMessage = Annotated[
+    str | None, typer.Option(help="Another system message; for models of conversations.")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="0: always the likeliest token. Default: 0.8; for models of conversations 0."
+    ),
+]
 TopK = Annotated[int, typer.Option(min=0, help="Draw from this many tokens; 0: from all.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from this share of probability.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        *("--max-tokens", "--max-output-tokens"),
+        min=1,
+        help="Longest answer, in tokens. Default: 128; for models of conversations half of the "
+        "sequence length.",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Supervision steps of a recursive model. Default: what its halting head asks."
+    ),
+]
 
 
 def settings_of(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -123,6 +158,34 @@ def settings_of(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], 
             right = f"{close[0]}={value}" if close else None
             raise Misspelt(f"There is no {key} here.", word, right, f"Known: {', '.join(known)}.")
     return plain, settings
+
+
+def checkpoint_and_overrides(
+    words: Sequence[str] | None,
+    option: str | None,
+    overrides: Sequence[str] | None,
+    known: Sequence[str],
+) -> tuple[str, dict[str, str]]:
+    """The one checkpoint given as a word or as an option, and the settings among the words: those
+    of ``--overrides a=1 b=2``, of which the parser gives the option only the first."""
+    plain, settings = settings_of([*(words or []), *(overrides or [])], known)
+    given = [*([option] if option else []), *plain]
+    if len(given) != 1:
+        said = f"There are {len(given)}: {', '.join(given)}." if given else "None is given."
+        raise ConfigError(f"Which checkpoint? {said} A checkpoint folder, or a run, is named once.")
+    return given[0], settings
+
+
+def named_outputs(words: Sequence[str], given: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Checkpoints, and names of ``--save-outputs a b`` or ``a,b``: the parser gives the option the
+    first one only."""
+    outputs = [name for value in given or [] for name in value.split(",")]
+    if not outputs:
+        return list(words), outputs
+    from thimble.evaluation.row_scores import KEPT
+
+    more = [word for word in words if word in KEPT and not Path(word).exists()]
+    return [word for word in words if word not in more], [*outputs, *more]
 
 
 def check_options(words: Sequence[str], options: Sequence[str]) -> list[str]:

@@ -36,6 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
         *("build_corpus", "build_tokens", "build_conversations", "plan", "train", "accept"),
         *("generate", "chat"),
         *("evaluate", "report", "doctor", "quickstart", "sweep", "quantize"),
+        "compare",
         *("build_sudoku", "build_maze", "build_arc"),
         *("cache_teacher", "finetune_teacher"),
         *("export_gguf", "export_onnx", "export_transformers", "export_bin"),
@@ -132,6 +133,9 @@ def lines_to_paste(text: str) -> list[str]:
         ("sweep slm_nano seed=1,2 --a.b 3", "sweep", ("slm_nano", "seed=1,2", "--a.b", "3"), {}),
         ("sweep x seed=1,2 hydra/a=b", "sweep", ("x", "seed=1,2", "hydra/a=b"), {"resume": None}),
         ("sweep --resume runs/sweeps/x", "sweep", (None,), {"resume": "runs/sweeps/x"}),
+        ("compare instruct_os seed=2", "compare", ("instruct_os", "seed=2"), {"run": None}),
+        ("compare --run r --subset-size 5", "compare", (None,), {"run": "r", "subset_size": 5}),
+        ("compare --resume r --retry 2", "compare", (None,), {"run": "r", "retry": 2}),
         ("plan slm_nano --no-measure", "plan", ("slm_nano",), {"measure": False}),
         ("evaluate x", "evaluate", ("x",), {"every": False, "split": "test", "tasks": ()}),
         ("evaluate x y --split val", "evaluate", ("x", "y"), {"split": "val"}),
@@ -141,6 +145,21 @@ def lines_to_paste(text: str) -> list[str]:
             "evaluate",
             ("x",),
             {"tasks": ("mmlu", "a.yaml"), "limit": 5},
+        ),
+        (
+            "evaluate --checkpoint x --save-outputs preds labels --overrides dataset.seq_len=9",
+            "evaluate",
+            ("x",),
+            {"save_outputs": ["preds", "labels"], "overrides": {"dataset.seq_len": "9"}},
+        ),
+        (
+            "evaluate x --overrides arch.halt_max_steps=2 dataset.test_ratio=0.2 --subset-size 5",
+            "evaluate",
+            ("x",),
+            {
+                "overrides": {"arch.halt_max_steps": "2", "dataset.test_ratio": "0.2"},
+                "subset_size": 5,
+            },
         ),
         ("accept x", "accept", ("x",), {"split": "val"}),
         ("accept x --split test", "accept", ("x",), {"split": "test"}),
@@ -164,6 +183,20 @@ def lines_to_paste(text: str) -> list[str]:
             ("x",),
             {"message": "m", "temperature": 0, "top_k": 3, "top_p": 0.5, "seed": 4}
             | {"max_tokens": 6},
+        ),
+        (
+            "generate --checkpoint x --message m --max-output-tokens 6 --system-message s",
+            "generate",
+            ("x",),
+            {"message": "m", "max_tokens": 6, "system_message": "s", "temperature": None}
+            | {"steps": None, "watch": None, "overrides": {}},
+        ),
+        (
+            "generate --checkpoint x --message m --steps 2 --overrides dataset.seq_len=9 "
+            "dataset.system_message=s",
+            "generate",
+            ("x",),
+            {"steps": 2, "overrides": {"dataset.seq_len": "9", "dataset.system_message": "s"}},
         ),
     ],
 )
@@ -202,6 +235,10 @@ def test_a_path_after_from_is_a_source_too(
         ("token build x", "tokens build x"),
         ("generate x --promt hi", "generate x --prompt hi"),
         ("generate x --temprature=1 --prompt hi", "generate x --temperature=1 --prompt hi"),
+        (
+            "generate x --message m --overrides dataset.seq_ln=9",
+            "generate x --message m --overrides dataset.seq_len=9",
+        ),
         ("train slm_nanoo", "train slm_nano"),
         ("plan smal", "plan slm_small"),
         ("train slm_nano optim.lerning_rate=2", "train slm_nano optim.learning_rate=2"),
@@ -329,7 +366,17 @@ def test_every_error_has_its_status_and_shows_a_traceback_only_when_asked(
 PAGE = (Path(__file__).parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"`thimble ([a-z][^`]*)`", PAGE))))
+PLAYBOOK = (Path(__file__).parents[2] / "docs" / "recursive.md").read_text(encoding="utf-8")
+COMMANDS = {
+    line
+    for page in (PAGE, PLAYBOOK)
+    for found in re.findall(r"`thimble ([a-z][^`]*)`|^thimble ([a-z].*)$", page, re.MULTILINE)
+    for line in found
+    if line
+}
+
+
+@pytest.mark.parametrize("line", sorted(COMMANDS))
 def test_every_command_of_the_documentation_is_one(
     thimble_command: Command, calls: list[Any], monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
@@ -337,8 +384,33 @@ def test_every_command_of_the_documentation_is_one(
     answer = thimble_command(*shlex.split(line.replace("[KEY]", "optim")))
     assert answer.status == 0, answer.err
     for name, args, _ in calls:
-        if name in ("plan", "train") and args[0]:
-            load(args[0], args[1:])
+        if name in ("plan", "train") and args[0] not in (None, "RUN"):
+            load(args[0], [word for word in args[1:] if word not in recipe_names()])
+
+
+def test_every_key_of_the_old_playbook_is_understood() -> None:
+    """What the page calls "the same" among the keys; the other documents' names are translated."""
+    table = PLAYBOOK.partition("## Keys")[2].partition("## Files")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    known = [
+        (word if "=" in word else f"{word}={value}")
+        for row in rows
+        if row[1].lstrip("| ").startswith("the same")
+        for word in re.findall(r"`([^`]+)`", row[0])
+        if re.fullmatch(r"[a-zA-Z_.]+(=\S+)?", word) and word != "null"
+        for value in [VALUES.get(word, "8")]
+    ]
+    assert len(known) > 20
+    for word in known:
+        load("instruct_slimorca", [word])
+    for ours in {word for row in rows for word in re.findall(r"`([^`]+)`", row[1])}:
+        if re.match(r"[a-z]+[a-zA-Z_.]*=", ours):
+            load("instruct_slimorca", ours.split())
+
+
+VALUES = {"dataset.data_dir": "x", "arch.halt_exploration_prob": "0.1", "arch.L_cycles": "2"} | {
+    "dataset.tokenizer_path": "t"
+}
 
 
 def test_the_statuses_are_those_of_the_documentation() -> None:

@@ -44,7 +44,7 @@ def test_every_example_comes_exactly_once_an_epoch(
     for epoch in seen:
         assert sorted(epoch) == data.split(split).tolist()
     assert seen[0] != seen[1]
-    assert batches.left == 0
+    assert batches.left(1) == 0
     assert len(batches.rows(5)) == 0
 
 
@@ -104,7 +104,12 @@ def test_weights_come_with_their_examples(
 ) -> None:
     rows = [row | {"weight": 1 + i} for i, row in enumerate(records(20))]
     built = api.build_conversations(
-        jsonl(rows), tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1, test_ratio=0.0
+        jsonl(rows),
+        tokenizer=tokenizer_folder,
+        output=tmp_path / "o",
+        workers=1,
+        test_ratio=0.0,
+        val_ratio=0.0,
     )
     batch = Batches(Conversations(built.path), batch_size=20).batch()
     assert batch.weights.dtype == np.float32
@@ -116,5 +121,5 @@ def test_a_batch_larger_than_the_data_is_refused(data: Conversations) -> None:
     with pytest.raises(DataError, match=rf"subset_size(.|\n)*global_batch_size={count}"):
         Batches(data, batch_size=count + 1)
     assert len(Batches(data, "test", batch_size=1000).batch()) == len(data.split("test"))
-    with pytest.raises(DataError, match="no split 'val'"):
-        Batches(data, "val", batch_size=1)
+    with pytest.raises(DataError, match="no split 'dev'"):
+        Batches(data, "dev", batch_size=1)

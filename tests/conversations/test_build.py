@@ -18,7 +18,7 @@ from thimble.conversations import batches, checks
 from thimble.conversations import build as building
 from thimble.conversations.build import Built
 from thimble.conversations.dataset import EXAMPLE, Conversations
-from thimble.conversations.options import SYSTEM_MESSAGE, BatchConfig, DatasetConfig
+from thimble.config.schema import DatasetConfig
 from thimble.conversations.template import prompt_ids
 from thimble.errors import ConfigError, DataError
 from thimble.tokens import splits
@@ -66,19 +66,7 @@ def test_a_chat_template_comes_with_its_end(
     ids, _ = data.example(0)
     prompt = prompt_ids(data.template(), tokenizer, records(1)[0]["conversations"][0]["value"])
     assert ids[: data.examples[0]["prompt"]].tolist() == prompt
-    assert SYSTEM_MESSAGE in tokenizer.decode(prompt)
-
-
-def test_the_keys_are_those_of_the_documents() -> None:
-    keys = {f"dataset.{key}" for key in DatasetConfig.model_fields} | {*BatchConfig.model_fields}
-    assert keys >= {
-        *("dataset.data_dir", "dataset.subset_size", "dataset.seq_len", "dataset.test_ratio"),
-        *("dataset.tokenizer_path", "dataset.seed", "dataloader_workers", "global_batch_size"),
-        "epochs",
-    }
-    config = DatasetConfig()
-    assert (config.subset_size, config.seq_len, config.test_ratio) == (None, 512, 0.05)
-    assert (BatchConfig().global_batch_size, BatchConfig().epochs) == (32, 1)
+    assert DatasetConfig().system_message in tokenizer.decode(prompt)
 
 
 def test_labels_are_shifted_exactly_once(build: Build, jsonl: Callable[..., Path]) -> None:
@@ -411,3 +399,7 @@ def test_the_command_prints_the_figures(
     assert "unigram entropy" in thimble(*words).out
     inspected = json.loads(thimble("inspect", str(tmp_path / "o"), "--json").out)
     assert inspected["kind"] == "conversations"
+    assert inspected["checks"].keys() >= {"copy", "labels", "coverage", "tokenizer", "splits"}
+    shown = thimble("inspect", str(tmp_path / "o")).out
+    for line in ("copy / share", "tokenizer / round trip", "splits / prompts in both"):
+        assert f"checks / {line}" in shown

@@ -264,7 +264,7 @@ def no_manifest(run: Path, tokens: Path) -> None:
         (broken_record, r"line 2 is damaged"),
         (no_tokens, r"There is no tokens at .*\n.*thimble tokens build"),
         (other_tokens, r"is not what .* was trained on"),
-        (other_architecture, r"is a gpt2; thimble loads llama and mistral"),
+        (other_architecture, r"is a gpt2; thimble loads llama, mistral"),
         (no_manifest, r"has no manifest\.json"),
     ],
 )
@@ -287,3 +287,9 @@ def test_a_checkpoint_without_its_run_is_refused(run: Path, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="run"):
         accept(tmp_path / "empty")
+
+
+def test_a_recipe_without_a_gate_is_refused(run: Path) -> None:
+    change_config(run, acceptance={"perplexity": None})
+    with pytest.raises(ConfigError, match=r"no gate(?s:.*)thimble evaluate"):
+        accept(run)

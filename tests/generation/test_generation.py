@@ -11,7 +11,7 @@ import thimble
 from tests.models.test_causal_lm import model_of, small
 from thimble.errors import ConfigError, DataError
 from thimble.generation import load
-from thimble.generation.model import question
+from thimble.generation.layouts import question
 from thimble.generation.sampling import choose, generate_ids
 from thimble.tokens.tokenizer import train as train_tokenizer
 from thimble.training.checkpoint import save_model

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from thimble.config.load import load
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.models import attention
 from thimble.models.causal_lm import CausalLM
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.models.test_causal_lm import model_of, small
 from thimble.config.load import load
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.errors import DataError
 from thimble.models import interop
 from thimble.tokens.tokenizer import train as train_tokenizer

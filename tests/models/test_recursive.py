@@ -12,19 +12,30 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from thimble.config.load import load
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.errors import ConfigError
-from thimble.generation.sampling import generate_ids
+from thimble.generation.sampling import generate_ids, read
 from thimble.models.causal_lm import CausalLM
 from thimble.models.recursive import RecursiveLM, truncated_normal_
 
+HRM_TEXT = {
+    "separate_stacks": True,
+    "pre_norm": True,
+    "attention_gate": True,
+    "inject_input": False,
+    "embedding_scale": 7.0,
+    "halt_max_steps": 1,
+    "bp_cycles": 3,
+}
 PUZZLE = {"causal": False}
 MLP = {"mixer": "mlp", "causal": False}
 SINGLE = {"single_z": True}
 SEPARATE = {"separate_stacks": True}
 PLAIN = {"single_z": True, "H_cycles": 1, "L_cycles": 1, "halt_max_steps": 1}
 WITH_PUZZLES = {"causal": False, "puzzle_identifiers": 7, "puzzle_emb_len": 3}
-CAUSAL: list[dict[str, Any]] = [{}, SEPARATE, SINGLE, PLAIN]
+LEARNED = {"position_embedding": "learned"}
+NOWHERE = {"position_embedding": "none"}
+CAUSAL: list[dict[str, Any]] = [{}, SEPARATE, SINGLE, PLAIN, HRM_TEXT, LEARNED, NOWHERE]
 EVERY: list[dict[str, Any]] = [*CAUSAL, PUZZLE, MLP, WITH_PUZZLES, MLP | WITH_PUZZLES]
 
 
@@ -105,6 +116,31 @@ def test_the_mlp_is_the_paper_s_five_million_on_sudoku() -> None:
         assert RecursiveLM(config).num_parameters() == config.num_parameters
     core = 2 * (3 * 97 * 512 + 3 * 512 * 1536) + 1026
     assert config.num_parameters == core + 2 * 11 * 512 + 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (MLP | {"attention_gate": True}, "attention_gate belongs to attention"),
+        (HRM_TEXT | {"separate_stacks": False, "single_z": True}, "needs a z_H"),
+        (HRM_TEXT | {"halt_max_steps": 2}, "model.halt_max_steps=1"),
+        (HRM_TEXT | {"bp_cycles": 2}, "model.bp_cycles=3"),
+        ({"embedding_scale": 0.0}, "greater than 0"),
+        ({"q_continue": True, "halt_max_steps": 1}, r"model\.q_continue=false"),
+        (LEARNED | {"schedule": "once"}, r"model\.position_embedding=rope"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        small(**changes)
+
+
+def test_without_injection_the_embedding_still_learns() -> None:
+    model = model_of(small(**HRM_TEXT))
+    model(ids_of()).logsumexp(-1).sum().backward()
+    assert model.embedding.weight.grad is not None
+    assert model.embedding.weight.grad.abs().max() > 0
+    assert model.H_init.grad is None
 
 
 @pytest.mark.parametrize("changes", EVERY)
@@ -205,6 +241,54 @@ def test_a_position_is_its_token_and_its_latents_the_same_everywhere() -> None:
     assert torch.equal(z_L, model.L_init.expand(2, 12, 64))
 
 
+@torch.no_grad()
+def test_learned_positions_are_added_and_what_a_position_is_keeps_its_size() -> None:
+    model = model_of(small(**LEARNED, hidden_size=64))
+    assert model.position_embedding is not None
+    ids = ids_of(time=9)
+    together = model.embedding.weight[ids] + model.position_embedding.weight[:9]
+    x = model.embed(ids)
+    torch.testing.assert_close(x, together * 8 * 0.5**0.5)
+    assert x.std().item() == pytest.approx(1.0, abs=0.05)
+    puzzle = model_of(small(**WITH_PUZZLES, **LEARNED))
+    assert puzzle.position_embedding is not None
+    assert len(puzzle.position_embedding.weight) == 23
+    assert not torch.equal(*puzzle.embed(ids[:1, :1].expand(1, 20), torch.tensor([1]))[0, 3:5])
+
+
+@torch.no_grad()
+def test_without_positions_the_order_says_nothing() -> None:
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    for kind, same in (("none", True), ("rope", False), ("learned", False)):
+        model = model_of(small(**PUZZLE, position_embedding=kind))
+        ids = ids_of()
+        near = torch.allclose(model(ids)[:, order], model(ids[:, order]), atol=1e-5)
+        assert near is same, kind
+
+
+@torch.no_grad()
+def test_wherever_halting_is_asked_for_it_is_the_same_rule() -> None:
+    model = model_of(small(q_continue=True, halt_max_steps=6))
+    ids, position = ids_of(24), torch.full((24,), 11)
+    torch.nn.init.normal_(model.q_head.weight, generator=torch.Generator().manual_seed(2))
+    torch.nn.init.zeros_(model.q_head.bias)
+    q = torch.stack([model.q_values(z, position) for z in model.unroll(ids[:, :12])])
+    stops = q[..., 0] > q[..., 1]
+    stops[-1] = True
+    expected = stops.int().argmax(0) + 1
+    assert len(expected.unique()) > 2
+    assert torch.equal(model.halting_steps(ids[:, :12], position), expected)
+    for row in range(6):
+        _, _, steps = read(model, ids[row : row + 1, :12], 20)
+        assert steps == expected[row]
+
+
+def test_halting_has_to_be_worth_more_than_going_on() -> None:
+    q = torch.tensor([[1.0, 2.0], [-1.0, -2.0], [1.0, -1.0]])
+    assert (model_of(small()).halting_logit(q) > 0).tolist() == [True, False, True]
+    assert (model_of(small(q_continue=True)).halting_logit(q) > 0).tolist() == [False, True, True]
+
+
 def test_the_halting_head_begins_with_go_on() -> None:
     model = model_of(small())
     *_, z = model.unroll(ids_of())
@@ -280,6 +364,33 @@ def test_the_past_does_not_see_the_future(changes: dict[str, Any], training: boo
                 other = model.head(z[0])
                 assert torch.equal(mine[:, :position], other[:, :position])
                 assert not torch.allclose(mine[:, position], other[:, position])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", CAUSAL)
+def test_the_past_does_not_see_the_future_in_a_batch_of_caches_or_compiled(
+    changes: dict[str, Any],
+) -> None:
+    """A block of positions after a prefix, all of them seeing the prefix, none the next one."""
+    model = model_of(small(num_hidden_layers=1, **{"L_cycles": 1, **changes}))
+    ids = ids_of()
+    changed = ids.clone()
+    changed[:, 15] = (changed[:, 15] + 1) % 61
+
+    def cached(given: torch.Tensor) -> torch.Tensor:
+        state = model.new_state(2)
+        return torch.cat([model(given[:, :7], state), model(given[:, 7:], state)], dim=1)
+
+    before, after = cached(ids), cached(changed)
+    assert torch.equal(before[:, :15], after[:, :15])
+    assert not torch.allclose(before[:, 15], after[:, 15])
+    # Of the compiler only what it traces is asked: generating code for each takes long.
+    step = torch.compile(model.supervision_step, backend="aot_eager")
+    z = model.initial_latents(2, 20)
+    traced, other = (model.head(step(z, model.embed(x))[0]) for x in (ids, changed))
+    assert torch.equal(traced[:, :15], other[:, :15])
+    assert not torch.allclose(traced[:, 15], other[:, 15])
+    torch.testing.assert_close(traced, model(ids, steps=1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [PUZZLE, MLP, WITH_PUZZLES])
@@ -459,12 +570,12 @@ def test_bfloat16_stays_near_float32() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, SEPARATE, SINGLE, {"num_key_value_heads": 4}])
+@pytest.mark.parametrize("changes", [*CAUSAL, {"num_key_value_heads": 4}])
 @pytest.mark.parametrize("pieces", [[1] * 20, [9, 1, 4, 6], [20]])
 def test_cached_equals_uncached(changes: dict[str, Any], pieces: list[int]) -> None:
     model = model_of(small(**changes))
     ids = ids_of()
-    for steps in (1, 3):
+    for steps in {1, model.config.halt_max_steps}:
         state = model.new_state(2, steps=steps)
         start, parts = 0, []
         for piece in pieces:

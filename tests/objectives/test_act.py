@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -10,10 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.models.recursive import RecursiveLM
 from thimble.objectives import linear_cross_entropy as losses
-from thimble.objectives.act import ACT, HALT_WEIGHT, Carry, Output, Rows, empty_carry, halt, refill
+from thimble.objectives.act import (
+    ACT,
+    HALT_WEIGHT,
+    Carry,
+    Output,
+    Rows,
+    draw_least,
+    empty_carry,
+    halt,
+    refill,
+)
 from thimble.objectives.linear_cross_entropy import scaled_cross_entropy
 
 TIME, VOCABULARY = 12, 31
@@ -52,7 +63,12 @@ def rows_of(numbers: list[int], prompt: int = 4) -> Rows:
     labels = ids[:, 1:].clone()
     labels[:, : prompt - 1] = -100
     position = torch.full((len(numbers),), prompt - 1)
-    return Rows(ids[:, :-1], labels, position, torch.tensor(numbers))
+    return Rows(ids[:, :-1], labels, position, torch.tensor(numbers), torch.ones(len(numbers)))
+
+
+def least_of(act: ACT, batch: int, generator: torch.Generator) -> torch.Tensor:
+    config = act.model.config
+    return draw_least(batch, config.halt_max_steps, config.halt_exploration_prob, generator)
 
 
 def always(model: RecursiveLM, q: float) -> RecursiveLM:
@@ -276,7 +292,7 @@ def feed(act: ACT, examples: int, batch: int) -> tuple[Counter[int], list[Output
     while waiting or not carry.idle:
         taken, waiting = waiting[: carry.free], waiting[carry.free :]
         seen.update(taken)
-        carry, out = act(carry, rows_of(taken) if taken else None, generator)
+        carry, out = act(carry, rows_of(taken) if taken else None, least_of(act, batch, generator))
         outputs.append(out)
         carries.append(carry)
         assert len(outputs) < 1000
@@ -310,7 +326,7 @@ def test_at_the_maximum_every_row_halts_and_never_later() -> None:
 
 def test_rows_halt_where_the_head_says_so() -> None:
     steps, q = torch.tensor([1, 1, 2, 4]), torch.tensor([1.0, -1.0, 0.0, -1.0])
-    stop = halt(steps, q, max_steps=4, exploration=0.0)
+    stop = halt(steps, q, max_steps=4)
     assert stop.tolist() == [True, False, False, True]
 
 
@@ -321,7 +337,7 @@ def test_exploration_keeps_rows_from_halting_early() -> None:
     shares = []
     for step in range(1, 6):
         steps = torch.full((count,), step)
-        stop = halt(steps, q, max_steps=5, exploration=0.4, generator=generator)
+        stop = halt(steps, q, max_steps=5, least=draw_least(count, 5, 0.4, generator))
         shares.append(stop.float().mean().item())
     # At step s a row goes on when it explores and drew more than s out of 2..5.
     expected = [1 - 0.4 * min(1, (5 - step) / 4) for step in range(1, 6)]
@@ -330,18 +346,16 @@ def test_exploration_keeps_rows_from_halting_early() -> None:
 
 
 def test_one_step_leaves_nothing_to_explore() -> None:
-    stop = halt(torch.ones(3), torch.full((3,), -5.0), max_steps=1, exploration=1.0)
+    stop = halt(torch.ones(3), torch.full((3,), -5.0), max_steps=1, least=draw_least(3, 1, 1.0))
     assert stop.all()
 
 
 def test_draws_repeat_with_the_generator() -> None:
-    steps, q = torch.full((200,), 2), torch.ones(200)
-    draws = [
-        halt(steps, q, max_steps=9, exploration=0.5, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    ]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
+    first, same, other = (
+        draw_least(200, 9, 0.5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
 
 
 def test_evaluation_gives_every_row_all_steps() -> None:
@@ -367,6 +381,82 @@ def test_every_arrangement_trains(changes: dict[str, Any]) -> None:
     assert torch.isfinite(out.mean())
     assert all(p.grad is not None for p in model.parameters())
     assert len(carry.latents) == (1 if changes.get("single_z") else 2)
+
+
+# --- the value of going on
+
+
+def test_what_going_on_is_worth_is_told_by_the_step_after() -> None:
+    """HRM's target, written out: the better of both values one step later, at the last of halting
+    alone; without gradients through it."""
+    model = model_of(small(q_continue=True, halt_max_steps=3))
+    torch.nn.init.normal_(model.q_head.weight, generator=torch.Generator().manual_seed(3))
+    torch.nn.init.zeros_(model.q_head.bias[1:])
+    act, new = ACT(model), rows_of([1, 2, 3])
+    new.labels[2] = -100
+    with torch.no_grad():
+        values = [model.q_values(z, new.position) for z in model.unroll(new.inputs, steps=4)]
+    assert (values[1][:2, 1] > values[1][:2, 0]).any()  # so that it matters which is taken
+    carry = Carry(**{**vars(empty_carry(model, 3, TIME)), "halted": torch.ones(3).bool()})
+    for step in range(3):
+        least = torch.full((3,), 9)
+        carry, out = act(carry, new if step == 0 else None, least)
+        ahead = values[step + 1][:2]
+        target = ahead[:, 0] if step == 2 else ahead.amax(1)
+        expected = F.binary_cross_entropy_with_logits(
+            values[step][:2, 1], target.sigmoid(), reduction="sum"
+        )
+        torch.testing.assert_close(out.continue_loss, expected, rtol=1e-4, atol=1e-5)
+        (bias,) = torch.autograd.grad(out.continue_loss, model.q_head.bias, retain_graph=True)
+        assert bias[0] == 0
+        wanted = (values[step][:2, 1].sigmoid() - target.sigmoid()).sum()
+        torch.testing.assert_close(bias[1], wanted, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            out.mean() - out.token_loss / out.token_count,
+            HALT_WEIGHT * (out.halt_loss + out.continue_loss) / 2,
+        )
+    assert carry.halted.all()
+
+
+def test_rows_halt_where_that_is_worth_more_than_going_on() -> None:
+    for bias, steps in (([-3.0, -2.0], 4), ([-2.0, -3.0], 1), ([2.0, 3.0], 4)):
+        model = model_of(small(q_continue=True))
+        with torch.no_grad():
+            model.q_head.bias.copy_(torch.tensor(bias))
+        carry = empty_carry(model, 2, TIME)
+        for taken in range(1, 5):
+            carry, _ = ACT(model)(carry, rows_of([1, 2]) if taken == 1 else None)
+            if carry.halted.all():
+                break
+        assert taken == steps
+
+
+# --- controls
+
+
+@pytest.mark.parametrize("form", ["softmax", "stablemax"])
+def test_labels_drawn_at_random_are_never_learned(form: str) -> None:
+    """Each example is trained on once, so nothing about it can be known before: whoever seems to
+    beat the labels' entropy has been told them."""
+    model = model_of(small(hidden_size=32, head_dim=16))
+    act = ACT(model, form=form)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator, carry = torch.Generator().manual_seed(1), empty_carry(model, 16, TIME)
+    losses = []
+    numbers = iter(range(100_000))
+    for _ in range(60):
+        new = rows_of([next(numbers) for _ in range(carry.free)]) if carry.free else None
+        fresh = carry.halted.clone()
+        carry, out = act(carry, new, least_of(act, 16, generator))
+        out.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        # Rows in their first step have labels that nothing has been trained on yet.
+        if fresh.all():
+            losses.append((out.token_loss / out.token_count).item())
+    assert len(losses) > 10
+    assert min(losses) > math.log(VOCABULARY) - 0.15
+    assert losses[-1] < losses[0]  # it has learned that there is nothing to know
 
 
 # --- end to end
@@ -396,7 +486,9 @@ def test_eight_answers_learned_are_given_word_for_word() -> None:
     for step in range(150):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 150)
         taken, order = order[: carry.free], order[carry.free :]
-        carry, out = act(carry, rows_of(taken, prompt) if taken else None, generator)
+        carry, out = act(
+            carry, rows_of(taken, prompt) if taken else None, least_of(act, 8, generator)
+        )
         out.mean().backward()
         optimizer.step()
         optimizer.zero_grad()

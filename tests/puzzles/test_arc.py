@@ -271,3 +271,34 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, prefix: str)
     with pytest.raises(ConfigError, match="exists and holds something else"):
         arc.build(tmp_path / "a", input_file_prefix=prefix, subsets=SUBSETS, workers=1)
     assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_a_small_side_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    draw = random.Random(1)
+    grids = {n: [[draw.randrange(10) for _ in range(n)] for _ in range(3)] for n in (4, 12)}
+
+    def square(size: int) -> tuple[dict[str, Any], list[arc_files.Grid]]:
+        pair = {"input": grids[size], "output": grids[size]}
+        return {"train": [pair], "test": [{"input": grids[size]}]}, [grids[size]]
+
+    tasks = {"small": square(4), "large": square(12)}
+    prefix = arc_files.write(tmp_path / "files", {"evaluation": tasks})
+    made = arc.build(
+        tmp_path / "made", input_file_prefix=prefix, subsets=["evaluation"], num_aug=3, max_side=5
+    )
+    counts = read_manifest(made, "puzzles", make="")["counts"]
+    assert (counts["tasks"], counts["tasks left out"]) == (1, 1)
+    test = Split(made, "test")
+    assert test.metadata.seq_len == 25
+    assert list(json.loads((made / "test_puzzles.json").read_text())) == ["small"]
+    # The same grid, on a smaller canvas.
+    assert (arc.crop(test.labels[0]) == np.array(grids[4])).all()
+
+
+def test_no_task_that_small_is_refused(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only grids of at most 1 x 1"):
+        arc.build(tmp_path / "x", input_file_prefix=prefix, subsets=SUBSETS, max_side=1)
+    with pytest.raises(ConfigError, match="from 1 to 30"):
+        arc.build(tmp_path / "x", input_file_prefix=prefix, subsets=SUBSETS, max_side=31)
+    assert not (tmp_path / "x").exists()

@@ -191,7 +191,7 @@ def test_bad_predictions(built: Path, tmp_path: Path) -> None:
     np.savez(path, examples=np.array([{}]), tokens=np.zeros(2), halting=np.zeros(2))
     with pytest.raises(DataError, match="holds no predictions for ARC"):
         Predictions.load(path)  # a pickle is not read
-    np.savez(path, examples=np.arange(2), tokens=np.zeros((2, 81)), halting=np.zeros(2))
+    np.savez(path, examples=np.arange(2), tokens=np.zeros((2, 80)), halting=np.zeros(2))
     with pytest.raises(DataError, match=r"there should be tokens \[2, 900\]"):
         Predictions.load(path)
     outside = Predictions(np.array([10_000]), np.zeros((1, 900)), np.zeros(1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.errors import DataError
 from thimble.quantization import packed
 

@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 
+from tests import helpers_recursion
 from tests import helpers_training as helpers
 from thimble import cli
+from thimble.config.schema import Config
 from thimble.errors import DataError, ThimbleError
 from thimble.training import train, train_with_retries
+from thimble.training.feeds import ConversationFeed
 from thimble.training.loop import Trainer
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -37,6 +40,17 @@ CASES = {
     ],
 }
 STEP = Trainer.step
+
+
+def recursive_config(kind: str, output: Path) -> Config:
+    """``frozen``: new embeddings for the weights of the run that one process made of puzzles."""
+    if kind == "conversations":
+        return helpers_recursion.instruct(output, "ema=true", "model.q_continue=true")
+    more = ["ema=true", "optim.puzzle_emb_lr=0.01", "training.max_steps=8"]
+    if kind == "frozen":
+        (first,) = (output.parents[1] / "puzzles" / "one").glob("*/*")
+        more += ["freeze_weights=true", f"load_checkpoint={first}"]
+    return helpers_recursion.puzzle(output, *more)
 
 
 def at(step: int, action: Callable[[Trainer], None]) -> None:
@@ -125,13 +139,33 @@ def stops(output: Path) -> dict[str, Any]:
     return results
 
 
+def recursive(output: Path) -> dict[str, Any]:
+    """Conversations and puzzles with embeddings; and the middle of a run that one process began."""
+    seen: list[int] = []
+    rows = ConversationFeed.rows
+
+    def noted(self: ConversationFeed, numbers: Any) -> Any:
+        seen.extend(numbers.tolist())
+        return rows(self, numbers)
+
+    ConversationFeed.rows = noted  # type: ignore[method-assign]
+    train(recursive_config("conversations", output / "conversations" / "two"))
+    ConversationFeed.rows = rows  # type: ignore[method-assign]
+    for kind in ("puzzles", "frozen"):
+        train(recursive_config(kind, output / kind / "two"))
+    (run,) = (output / "recursive legs").glob("*/*")
+    at(9, sigterm)
+    config = recursive_config("conversations", output / "recursive legs")
+    return {"seen": seen, "recursive leg": ended(lambda: train(config, resume=run))}
+
+
 def main(output: Path, scenario: str, *words: str) -> int:
     torch.set_num_threads(1)
     if scenario == "command":
         at(5, bad_data)
         return cli.main(words)
     results: dict[str, Any] = {}
-    for function in (same_as_one, legs, stops):
+    for function in (same_as_one, legs, stops, recursive):
         results |= function(output)
     (output / f"{RANK}.json").write_text(json.dumps(results))
     return 0

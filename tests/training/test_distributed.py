@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from tests import helpers_recursion
 from tests import helpers_training as helpers
-from tests.training.several_processes import CASES, SHAPE
+from tests.training.several_processes import CASES, SHAPE, recursive_config
 from tests.training.test_resume import interrupt_after
+from thimble.conversations.dataset import Conversations
 from thimble.errors import ConfigError, EnvironmentProblem, GuardStop, Interrupted
-from thimble.training import distributed, train
+from thimble.training import checkpoint, distributed, train
 from thimble.training.checkpoint import unpickle_safely
 from thimble.training.distributed import Processes, ProcessFailed
 from thimble.training.run import RunFolder
@@ -57,9 +59,16 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         interrupt_after(patch, 3)
         with pytest.raises(Interrupted):
             train(helpers.config(folder / "legs", *SHAPE))
+        interrupt_after(patch, 5)
+        with pytest.raises(Interrupted):
+            train(recursive_config("conversations", folder / "recursive legs"))
+    # What the second one of these begins with, the processes need as well.
+    for kind in ("puzzles", "frozen"):
+        train(recursive_config(kind, folder / kind / "one"))
     child = several_processes(folder, "all")
     for name, overrides in CASES.items():
         train(helpers.config(folder / name / "one", *SHAPE, *overrides))
+    train(recursive_config("conversations", folder / "conversations" / "one"))
     _, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
     return folder
@@ -112,6 +121,63 @@ def test_a_run_goes_on_with_another_number_of_processes(output: Path) -> None:
     run = the_run(output / "legs")
     assert train(helpers.config(output / "legs", *SHAPE), resume=run).step == 12
     assert_same_training(run, the_run(output / "muon" / "one"))
+
+
+def recursive_run(folder: Path) -> Path:
+    (run,) = folder.glob("*/*")
+    return run
+
+
+def assert_same_recursion(run: Path, one: Path) -> None:
+    ours, theirs = helpers.timeless(run), helpers.timeless(one)
+    assert len(ours) == len(theirs)
+    assert any("val_by_step" in record for record in ours)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"val_by_step"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+        steps = (record.get("val_by_step", []) for record in (a, b))
+        for mine, other in zip(*steps, strict=True):
+            assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
+    mine, other = (RunFolder(path).pointed("latest") for path in (run, one))
+    assert mine is not None
+    assert other is not None
+    assert mine.name == other.name
+    for name in ("model", "trained"):  # the averages, and what goes on
+        weights, others = (checkpoint.tensors(path, name) for path in (mine, other))
+        assert weights.keys() == others.keys()
+        for key, weight in weights.items():
+            torch.testing.assert_close(weight, others[key], rtol=1e-4, atol=1e-5, msg=key)
+    cursors = [json.loads((path / "data_cursor.json").read_text()) for path in (mine, other)]
+    assert cursors[0] == cursors[1]
+
+
+@pytest.mark.parametrize("kind", ["conversations", "puzzles", "frozen"])
+def test_recursion_in_two_processes_is_recursion_in_one(kind: str, output: Path) -> None:
+    one = recursive_run(output / kind / "one")
+    assert_same_recursion(recursive_run(output / kind / "two"), one)
+    if kind != "conversations":
+        latest = RunFolder(one).pointed("latest")
+        assert latest is not None
+        assert load_file(latest / "model.safetensors")["puzzle_embedding.weight"].any()
+
+
+def test_an_epoch_shows_every_example_to_one_of_the_processes(output: Path) -> None:
+    first, second = (result["seen"] for result in results(output))
+    assert len(first) > 30
+    assert len(second) > 30
+    data = Conversations(helpers_recursion.conversation_directory())
+    assert sorted(first + second) == sorted(data.split("train").tolist())
+
+
+def test_recursion_goes_on_with_another_number_of_processes(output: Path) -> None:
+    """One process to step 5, two to step 10, one to the end: rows in the middle of examples."""
+    for result in results(output):
+        assert result["recursive leg"]["error"] == "Interrupted"
+        assert "saved at step 10" in result["recursive leg"]["message"]
+    run = recursive_run(output / "recursive legs")
+    train(recursive_config("conversations", output / "recursive legs"), resume=run)
+    assert_same_recursion(run, recursive_run(output / "conversations" / "one"))
 
 
 def test_a_guard_in_one_process_stops_all(output: Path) -> None:

@@ -14,7 +14,7 @@ from tests import helpers_training as helpers
 from thimble.config.schema import OptimConfig
 from thimble.training.ema import EMA
 from thimble.training.optimizer import AdamAtan2, make_optimizer
-from thimble.training.sparse_sign import SparseSignSGD
+from thimble.training.sparse_sign import SparseSignSGD, everywhere
 
 
 class Small(nn.Module):
@@ -226,6 +226,54 @@ def test_the_guard_holds_sign_descent_too() -> None:
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
     optimizer.step()
     assert torch.equal(model.table.weight, before)
+
+
+def test_gradients_of_several_processes_add_up() -> None:
+    """Each has other rows and another number of them; what fills up the shorter one is nothing."""
+
+    class Two:
+        count = 2
+
+        def most(self, value: int) -> int:
+            return 3
+
+        def joined(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor
+
+    whole = Small()
+    towards = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    looked_up(whole, [2, 4, 4, 8, 2], towards)
+    parts = []
+    for chosen in ([0, 1, 2], [3, 4]):
+        model = Small()
+        ids = torch.tensor([2, 4, 4, 8, 2])[chosen]
+        looked_up(model, ids.tolist(), towards[chosen])
+        gradient = model.table.weight.grad
+        assert gradient is not None
+        rows, values = gradient._indices()[0], gradient._values()
+        parts.append(everywhere(rows, values, Two()))  # type: ignore[arg-type]
+    assert [len(rows) for rows, _ in parts] == [3, 3]
+    rows, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    both = Small()
+    both.table.weight.grad = torch.sparse_coo_tensor(rows[None], values, (9, 4))
+    for model in (whole, both):
+        SparseSignSGD([model.table.weight], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(whole.table.weight, both.table.weight)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_what_float16_cannot_hold_does_not_reach_the_table(bad: float) -> None:
+    """The sign of infinity would be a step as good as any."""
+    model = Small()
+    before = model.table.weight.detach().clone()
+    optimizer = SparseSignSGD([model.table.weight], lr=0.1, weight_decay=0.1)
+    looked_up(model, [1, 2], torch.tensor([[1.0, 1, bad, 1], [1.0, 1, 1, 1]]))
+    optimizer.step()
+    assert torch.equal(model.table.weight, before)
+    optimizer.zero_grad()
+    looked_up(model, [1, 2], torch.ones(2, 4))
+    optimizer.step()
+    torch.testing.assert_close(model.table.weight[1:3], before[1:3] * 0.99 - 0.1)
 
 
 def test_the_other_optimizers_leave_sparse_embeddings_out() -> None:

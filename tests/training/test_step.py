@@ -17,7 +17,7 @@ from tests import helpers_training as helpers
 from thimble.errors import ConfigError, EnvironmentProblem
 from thimble.training import train
 from thimble.training.loop import Trainer
-from thimble.training.optimizer import learning_rate
+from thimble.training.optimizer import schedule
 
 
 def gradients(trainer: Trainer) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(padding: str, tmp_
     for micro, accumulation in SPLITS:
         trainer = split(tmp_path, micro, accumulation)
         if padding == "unequal":
-            batch = trainer.windows.batch
+            batch = trainer.task.windows.batch
 
             def padded(seen: int, size: int, batch=batch):  # type: ignore[no-untyped-def]
                 inputs, targets = batch(seen, size)
@@ -67,7 +67,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(padding: str, tmp_
                 targets[8:16] = -100  # a micro-batch without a single target
                 return inputs, targets
 
-            trainer.windows.batch = padded  # type: ignore[method-assign]
+            trainer.task.windows.batch = padded  # type: ignore[method-assign]
         results.append(gradients(trainer))
     scale = results[0].norm()
     assert scale > 0
@@ -77,7 +77,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(padding: str, tmp_
 
 def test_a_step_is_the_mean_over_its_targets(tmp_path: Path) -> None:
     trainer = split(tmp_path, 8, 4)
-    inputs, targets = trainer.windows.batch(0, 32)
+    inputs, targets = trainer.task.windows.batch(0, 32)
     logits = trainer.model(torch.from_numpy(inputs))
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), torch.from_numpy(targets).flatten()
@@ -104,7 +104,7 @@ def test_matrices_decay_and_norms_and_the_embedding_do_not(tmp_path: Path) -> No
 
 def test_schedule(tmp_path: Path) -> None:
     optim = helpers.config(tmp_path, "optim.warmup_steps=10").optim
-    rates = [learning_rate(optim, step, 100) for step in range(100)]
+    rates = [optim.learning_rate * schedule(optim, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.001)
     assert rates[9] == pytest.approx(0.01)
     assert max(rates) == pytest.approx(0.01)
@@ -123,7 +123,7 @@ def test_random_labels_do_not_go_below_their_entropy(tmp_path: Path) -> None:
         shape = (size, helpers.WINDOW)
         return draw.integers(0, 300, shape), draw.integers(0, choices, shape)
 
-    trainer.windows.batch = batch  # type: ignore[method-assign]
+    trainer.task.windows.batch = batch  # type: ignore[method-assign]
     losses = []
     for _ in range(200):
         trainer.loss_sum.zero_()

@@ -64,7 +64,8 @@ def choices_of(field: FieldInfo) -> list[str]:
 
 
 def is_text(field: FieldInfo) -> bool:
-    return field.annotation is str or bool(choices_of(field))
+    kinds = [kind for kind in _alternatives(field) if kind is not type(None)]
+    return kinds == [str] or bool(choices_of(field))
 
 
 def describe_type(field: FieldInfo) -> str:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from thimble.artifacts import write_text
+from thimble.config import documents
 from thimble.config.describe import (
     as_override,
     choices_of,
@@ -76,7 +77,8 @@ def load(
     """
     groups: dict[str, Any] = {}
     values: dict[str, Any] = {}
-    for key, value in [*map(split_override, join_options(overrides)), *flatten(nested or {})]:
+    given = documents.translate(join_options(overrides))
+    for key, value in [*map(split_override, given), *flatten(nested or {})]:
         (groups if key in group_choices() else values)[key] = value
     for group, choice in groups.items():
         if choice not in group_choices()[group]:
@@ -116,9 +118,18 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def recipe_names() -> list[str]:
-    order = {"nano": 0, "tiny": 1, "small": 2, "medium": 3, "large": 4}
-    names = [file.stem for file in (CONF / "recipe").glob("*.yaml")]
-    return sorted(names, key=lambda name: (order.get(name.rsplit("_", 1)[-1], 5), name))
+    families = ["slm", "instruct", "puzzle"]
+    sizes = ["nano", "tiny", "small", "medium", "large"]
+
+    def place(name: str) -> tuple[int, int, str]:
+        first, last = name.split("_")[0], name.split("_")[-1]
+        return (
+            families.index(first) if first in families else len(families),
+            sizes.index(last) if last in sizes else len(sizes),
+            name,
+        )
+
+    return sorted((file.stem for file in (CONF / "recipe").glob("*.yaml")), key=place)
 
 
 def recipe_summary(name: str) -> str:
@@ -171,6 +182,8 @@ def split_override(override: str) -> tuple[str, Any]:
     if key not in keys():
         return key, text
     if is_text(keys()[key]):
+        if text == "null" and not choices_of(keys()[key]) and keys()[key].default is None:
+            return key, None
         return key, text[1:-1] if re.fullmatch(r"'[^']*'|\"[^\"]*\"", text) else text
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException

@@ -1,262 +1,123 @@
 """The configuration of a run: every key, its type, its range, its default and its meaning.
 
-This file is the only place where a key is defined. Recipes (``thimble/conf``) state what differs
-from these defaults, ``thimble explain`` prints the descriptions, and a run's ``config.yaml`` holds
-all of it resolved. The defaults follow the training specification (AdamW 3e-4, warm-up 2000, cosine
-to 10 %, 8 x 4 sequences, evaluation and checkpoint every 5000 steps).
+A key is defined in one place: those of ``model`` in ``config/model.py``, all others here. Recipes
+(``thimble/conf``) state what differs from these defaults, ``thimble explain`` prints the
+descriptions, and a run's ``config.yaml`` holds all of it resolved. The defaults follow the training
+specification (AdamW 3e-4, warm-up 2000, cosine to 10 %, 8 x 4 sequences, evaluation and checkpoint
+every 5000 steps).
 """
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Horizon = Annotated[float, Field(gt=1)]
+from thimble.config.model import ModelConfig
+from thimble.config.section import Beta, Fraction, Section
+from thimble.errors import ConfigError
 
-
-class Section(BaseModel):
-    """A group of keys. Unknown keys, silent conversions, NaN and Inf are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-# Keys of ModelConfig that mean something for ``schedule: recursive`` only.
-RECURSIVE_KEYS = frozenset(
-    {
-        "causal",
-        "H_cycles",
-        "L_cycles",
-        "bp_cycles",
-        "separate_stacks",
-        "single_z",
-        "halt_max_steps",
-        "halt_exploration_prob",
-        "puzzle_identifiers",
-        "puzzle_emb_len",
-    }
-)
-
-
-class ModelConfig(Section):
-    """Shape of the model: embedding, blocks of a mixer and SwiGLU, head."""
-
-    mixer: Literal["attention", "retention", "mlp"] = Field(
-        default="attention",
-        description="How positions exchange values. retention: linear time, and a memory of fixed "
-        "size however long the text (RetNet); mlp: SwiGLU over a fixed number of positions, "
-        "which sees the future, so for puzzles.",
-    )
-    schedule: Literal["once", "recursive"] = Field(
-        default="once",
-        description="How often the stack of blocks runs. recursive: in H and L cycles, again and "
-        "again under supervision (TRM, HRM).",
-    )
-    vocab_size: int = Field(ge=2, description="Entries of the tokenizer's vocabulary.")
-    hidden_size: int = Field(ge=1, description="Width of the residual stream.")
-    intermediate_size: int = Field(ge=1, description="Inner width of the SwiGLU layer.")
-    num_hidden_layers: int = Field(ge=1, description="Number of blocks of a stack.")
-    num_attention_heads: int = Field(ge=1, description="Query heads of each block.")
-    num_key_value_heads: int = Field(
-        ge=1, description="Key and value heads; each serves a group of query heads."
-    )
-    head_dim: int = Field(ge=2, description="Width of one head; even, since RoPE turns pairs.")
-    max_position_embeddings: int = Field(ge=1, description="Longest context, in tokens.")
-    rope_theta: float = Field(default=10000.0, gt=0, description="Base of the RoPE wavelengths.")
-    rms_norm_eps: float = Field(
-        default=1e-5, gt=0, description="Added to the mean square in RMSNorm."
-    )
-    tie_word_embeddings: bool = Field(
-        default=True, description="One matrix for embedding and head."
-    )
-    initializer_range: float = Field(
-        default=0.02,
-        gt=0,
-        description="Standard deviation of the initial weights; a recursive model's is "
-        "1/sqrt(inputs).",
-    )
-    value_head_dim: int | None = Field(
-        default=None,
-        ge=1,
-        description="Retention: width of one head's values; null: head_dim. Twice head_dim is the "
-        "paper's.",
-    )
-    retention_horizons: Annotated[list[Horizon], Field(min_length=2, max_length=2)] = Field(
-        default=[32.0, 65536.0],
-        description="Retention: positions over which the fastest and the slowest head forget, "
-        "1 / (1 - gamma); those between are spaced by equal factors.",
-    )
-    retention_chunk: int = Field(
-        default=64,
-        ge=1,
-        description="Retention: positions computed at once; the result does not depend on it.",
-    )
-    causal: bool = Field(
-        default=True, description="A position sees only itself and those before it."
-    )
-    H_cycles: int = Field(
-        default=3, ge=1, description="Recursive: updates of z_H in a supervision step."
-    )
-    L_cycles: int = Field(
-        default=6, ge=1, description="Recursive: updates of z_L before each update of z_H."
-    )
-    bp_cycles: int = Field(
-        default=1,
-        ge=0,
-        description="Recursive: last H cycles that gradients go through; 0: only through the last "
-        "call of each stack (HRM).",
-    )
-    separate_stacks: bool = Field(
-        default=False,
-        description="Recursive: z_H and z_L have a stack each (HRM) instead of one for both (TRM).",
-    )
-    single_z: bool = Field(
-        default=False, description="Recursive: one latent, updated L_cycles times in an H cycle."
-    )
-    halt_max_steps: int = Field(
-        default=16, ge=1, description="Recursive: supervision steps an example gets at most."
-    )
-    halt_exploration_prob: Fraction = Field(
-        default=0.1,
-        description="Recursive: how often a training row may not halt before a number of steps "
-        "drawn from 2 to halt_max_steps.",
-    )
-    puzzle_identifiers: int = Field(
-        default=0,
-        ge=0,
-        description="Recursive: puzzles with an embedding of their own; 0: there are none.",
-    )
-    puzzle_emb_len: int = Field(
-        default=16,
-        ge=1,
-        description="Recursive: positions before the tokens for the puzzle's embedding, if any.",
-    )
-
-    @model_validator(mode="after")
-    def check_shape(self) -> ModelConfig:
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads % kv_heads:
-            divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-            fewer = min(divisors, key=lambda n: (abs(n - kv_heads), n))
-            raise ValueError(
-                f"model.num_attention_heads={heads} is not a multiple of "
-                f"model.num_key_value_heads={kv_heads}. The nearest that fit:\n"
-                f"  model.num_key_value_heads={fewer}\n"
-                f"  model.num_attention_heads={max(1, round(heads / kv_heads)) * kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"model.head_dim={self.head_dim} is odd, and RoPE turns pairs of values. "
-                f"The nearest that fit:\n  model.head_dim={self.head_dim - 1}\n"
-                f"  model.head_dim={self.head_dim + 1}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def check_retention(self) -> ModelConfig:
-        if self.mixer != "retention":
-            return self
-        heads = self.num_attention_heads
-        if self.num_key_value_heads != heads:
-            raise ValueError(
-                "model.mixer=retention has a memory for each head, so keys and values are not "
-                f"shared. Use:\n  model.num_key_value_heads={heads}"
-            )
-        fastest, slowest = self.retention_horizons
-        if slowest < fastest:
-            raise ValueError(
-                f"model.retention_horizons=[{fastest:g},{slowest:g}] must grow. Use:\n"
-                f"  model.retention_horizons=[{slowest:g},{fastest:g}]"
-            )
-        if not self.causal:
-            raise ValueError(
-                "model.mixer=retention sees only the past. Use one of:\n"
-                "  model.causal=true\n  model.mixer=attention"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def check_schedule(self) -> ModelConfig:
-        if self.mixer == "mlp" and self.causal:
-            raise ValueError(
-                "model.mixer=mlp mixes all positions, later ones too, so no language model can "
-                "have it: it would be given the words it is asked for. Use one of:\n"
-                "  model.mixer=attention\n  model.causal=false"
-            )
-        if not self.causal and self.schedule == "once":
-            raise ValueError(
-                "model.causal=false is for puzzles, and they need:\n  model.schedule=recursive"
-            )
-        if self.puzzle_identifiers and self.causal:
-            raise ValueError(
-                "model.puzzle_identifiers puts the puzzle before the tokens, for models that see "
-                "all positions. Use one of:\n  model.puzzle_identifiers=0\n  model.causal=false"
-            )
-        if self.bp_cycles > self.H_cycles:
-            raise ValueError(
-                f"model.bp_cycles={self.bp_cycles} is more than model.H_cycles={self.H_cycles}. "
-                f"The nearest that fit:\n  model.bp_cycles={self.H_cycles}\n"
-                f"  model.H_cycles={self.bp_cycles}"
-            )
-        if self.single_z and self.separate_stacks:
-            raise ValueError(
-                "model.single_z has no z_H for a second stack to update. Use one of:\n"
-                "  model.separate_stacks=false\n  model.single_z=false"
-            )
-        return self
-
-    @property
-    def num_positions(self) -> int:
-        """Longest sequence the blocks see: the tokens, and before them the puzzle's positions."""
-        prefix = self.puzzle_emb_len if self.puzzle_identifiers else 0
-        return prefix + self.max_position_embeddings
-
-    @property
-    def value_width(self) -> int:
-        """Width of the values of one head of retention."""
-        return self.value_head_dim or self.head_dim
-
-    @property
-    def mlp_mixer_width(self) -> int:
-        """Inner width of the mlp mixer: 8/3 of the positions, in whole 256s, as TRM has it."""
-        return -(-round(self.num_positions * 8 / 3) // 256) * 256
-
-    @property
-    def blocks_per_step(self) -> int:
-        """Blocks that run in one supervision step of a recursive model."""
-        calls = self.H_cycles * (self.L_cycles + (0 if self.single_z else 1))
-        return calls * self.num_hidden_layers
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable parameters, exactly; a tied embedding counts once."""
-        width, head_width = self.hidden_size, self.head_dim
-        mixer = 2 * width * head_width * (self.num_attention_heads + self.num_key_value_heads)
-        if self.mixer == "mlp":
-            mixer = 3 * self.num_positions * self.mlp_mixer_width
-        elif self.mixer == "retention":  # q, k; v, gate, output
-            mixer = self.num_attention_heads * width * (2 * head_width + 3 * self.value_width)
-        block = mixer + 3 * width * self.intermediate_size
-        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
-        if self.schedule == "recursive":
-            blocks = self.num_hidden_layers * (2 if self.separate_stacks else 1)
-            halting = 2 * (width + 1)
-            return embeddings + self.puzzle_identifiers * width + blocks * block + halting
-        return embeddings + self.num_hidden_layers * (block + 2 * width) + width
+TOKENIZER_VARIABLE = "LLAMA_TOKENIZER"
 
 
 class DataConfig(Section):
-    """Where the tokens are."""
+    """Where the data are."""
 
-    path: str = Field(min_length=1, description="Folder made by `thimble tokens build`.")
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder made by `thimble tokens build`, `thimble conversations build` or "
+        "`thimble puzzles build`; null: made of the conversations of dataset.name.",
+    )
+
+    @property
+    def folder(self) -> str:
+        """``path``, of a run whose data are there (``training.data.ready``)."""
+        assert self.path is not None, "conversations become tokens before anything is read"
+        return self.path
+
+
+class DatasetConfig(Section):
+    """Which conversations a model learns from, and how they become tokens."""
+
+    name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="slimorca or openorca (fetched from the hub), or a corpus, file or folder of "
+        "your own; null: no conversations.",
+    )
+    data_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder with the files, or where they are fetched to; null: data/NAME.",
+    )
+    subset_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="So many records of the whole, drawn before the split; null: all.",
+    )
+    seq_len: int = Field(default=512, ge=1, description="Longest example, in input tokens.")
+    test_ratio: Fraction = Field(
+        default=0.05, description="Share of the prompts held out as the test split."
+    )
+    val_ratio: Fraction = Field(
+        default=0.01,
+        description="Share of the prompts held out to watch the training by; 0: none.",
+    )
+    tokenizer_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description=f"Folder, tokenizer.json or SentencePiece .model; null: ${TOKENIZER_VARIABLE}.",
+    )
+    vocab_size: int | None = Field(
+        default=None, ge=2, description="Entries the tokenizer has to have; null: any."
+    )
+    template: Literal["plain", "chat"] = Field(
+        default="plain",
+        description="plain: [SYSTEM], [USER] and [ASSISTANT] lines; chat: the tokenizer's own.",
+    )
+    system_message: str = Field(
+        default="A conversation between a user and a helpful assistant.",
+        description='System text of conversations without one; "": none.',
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Of the subset, the split and the order."
+    )
+    dataloader_workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that tokenize, 0: none beside this one, null: one a core. Batches "
+        "need none.",
+    )
+
+    def tokenizer(self) -> str:
+        """The path of the tokenizer; ConfigError when neither the key nor the variable is set."""
+        path = self.tokenizer_path or os.environ.get(TOKENIZER_VARIABLE)
+        if not path:
+            raise ConfigError(
+                "Which tokenizer? Name a folder, a tokenizer.json or a SentencePiece .model with "
+                "--tokenizer PATH (in a recipe dataset.tokenizer_path=PATH), or set the variable "
+                f"{TOKENIZER_VARIABLE}."
+            )
+        return path
 
 
 class ObjectiveConfig(Section):
     """What the model is trained to do."""
 
-    name: Literal["next_token"] = Field(default="next_token", description="The loss.")
+    name: Literal["next_token", "act"] = Field(
+        default="next_token",
+        description="The loss. act: deep supervision with halting, of recursive models.",
+    )
+    form: Literal["softmax", "stablemax"] = Field(
+        default="softmax", description="With act: what makes probabilities of logits."
+    )
+    per_sequence: bool = Field(
+        default=False,
+        description="With act: the mean over each example's tokens first, as the papers have it, "
+        "instead of over all tokens.",
+    )
 
 
 class OptimConfig(Section):
@@ -292,6 +153,24 @@ class OptimConfig(Section):
     )
     min_lr_ratio: Fraction = Field(
         default=0.1, description="The last learning rate, as a fraction of the highest."
+    )
+    ema_rate: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of the moving average of the weights, which is then what is evaluated "
+        "and kept; null: none.",
+    )
+    puzzle_emb_lr: float = Field(
+        default=1e-2, gt=0, le=1, description="Highest learning rate of the puzzles' embeddings."
+    )
+    puzzle_emb_weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled weight decay of the puzzles' embeddings."
+    )
+    freeze_weights: bool = Field(
+        default=False,
+        description="Train the puzzles' embeddings alone: new puzzles for weights that have "
+        "learned others.",
     )
 
 
@@ -331,6 +210,11 @@ class TrainingConfig(Section):
         description="Compute each block's activations again for the backward pass: less memory, "
         "more time.",
     )
+    load_checkpoint: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Checkpoint or run whose weights this run begins with; null: drawn anew.",
+    )
     skip_windows: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
         default=[],
         description="Places in the order of the windows, [first, end), that no step takes; "
@@ -349,6 +233,11 @@ class EvaluationConfig(Section):
         default=None,
         ge=1,
         description="Validation tokens an evaluation reads; null: all.",
+    )
+    max_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of conversations and puzzles: examples an evaluation reads; null: all.",
     )
     prompts: list[str] = Field(
         default=["The kernel module", "Question: What does the command mount do?\nAnswer:"],
@@ -379,7 +268,9 @@ class GuardsConfig(Section):
 class AcceptanceConfig(Section):
     """The gate of `thimble accept`."""
 
-    perplexity: float = Field(gt=1, description="Validation perplexity must be below this.")
+    perplexity: float | None = Field(
+        default=None, gt=1, description="Validation perplexity must be below this; null: no gate."
+    )
     size_tolerance: Fraction = Field(
         default=0.1, description="Allowed deviation of the checkpoint's size from the expected one."
     )
@@ -389,7 +280,11 @@ class LoggingConfig(Section):
     """Where the records of metrics.jsonl are shown as well."""
 
     tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
-    wandb: bool = Field(default=False, description="Log to Weights & Biases (extra `wandb`).")
+    wandb: bool | None = Field(
+        default=False,
+        description="Log to Weights & Biases (extra `wandb`); null: offline where the extra is, "
+        "unless WANDB_MODE says otherwise.",
+    )
     trackio: bool = Field(default=False, description="Log to Trackio (extra `trackio`).")
 
 
@@ -410,13 +305,14 @@ class Config(Section):
         "float16 on older GPUs, else float32.",
     )
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = DataConfig()
+    dataset: DatasetConfig = DatasetConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     guards: GuardsConfig = GuardsConfig()
-    acceptance: AcceptanceConfig
+    acceptance: AcceptanceConfig = AcceptanceConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
@@ -429,3 +325,52 @@ class Config(Section):
                 f"  training.sequence_length={context}\n  model.max_position_embeddings={window}"
             )
         return self
+
+    @model_validator(mode="after")
+    def check_objective(self) -> Config:
+        recursive = self.model.schedule == "recursive"
+        if recursive != (self.objective.name == "act"):
+            raise ValueError(
+                f"objective.name={self.objective.name} does not train a model with "
+                f"model.schedule={self.model.schedule}. Use one of:\n"
+                f"  objective.name={'act' if recursive else 'next_token'}\n"
+                f"  model.schedule={'once' if recursive else 'recursive'}"
+            )
+        if self.optim.freeze_weights:
+            self._check_frozen()
+        if self.data.path is None and self.dataset.name is None:
+            raise ValueError(
+                "There is nothing to train on. Name a folder of data, or conversations:\n"
+                "  data.path=data/tokens/NAME\n  dataset.name=slimorca"
+            )
+        if self.dataset.name is not None:
+            if not self.model.causal:
+                raise ValueError(
+                    "model.causal=false has no place in a language model: it would be given the "
+                    "words it is asked for. Use:\n  model.causal=true"
+                )
+            if not recursive:
+                raise ValueError(
+                    "Conversations (dataset.name) train recursive models. Use:\n"
+                    "  model.schedule=recursive"
+                )
+            if self.training.sequence_length != self.dataset.seq_len:
+                raise ValueError(
+                    f"dataset.seq_len={self.dataset.seq_len} and training.sequence_length="
+                    f"{self.training.sequence_length} say the same thing differently. Use:\n"
+                    f"  training.sequence_length={self.dataset.seq_len}"
+                )
+        return self
+
+    def _check_frozen(self) -> None:
+        """What ``optim.freeze_weights`` goes with: something to keep, and something to train."""
+        if not self.model.puzzle_identifiers:
+            raise ValueError(
+                "optim.freeze_weights trains the embeddings of puzzles alone, and there are none. "
+                "Use one of:\n  optim.freeze_weights=false\n  model.puzzle_identifiers=1"
+            )
+        if self.training.load_checkpoint is None:
+            raise ValueError(
+                "optim.freeze_weights keeps weights that have not learned anything yet. Name those "
+                "to begin with:\n  training.load_checkpoint=runs/..."
+            )

@@ -66,6 +66,8 @@ def gather(data: Conversations, numbers: np.ndarray, *, width: int | None = None
 class Batches:
     """The examples of a split in their order; ``place`` counts those given out, over all epochs.
 
+    ``epochs`` None: without end.
+
     Setting ``place`` goes on from there: with the same seed and batch size, what comes next depends
     on nothing else. Raises DataError when training would have no whole batch.
     """
@@ -77,7 +79,7 @@ class Batches:
         *,
         batch_size: int,
         seed: int = 0,
-        epochs: int = 1,
+        epochs: float | None = 1,
         place: int = 0,
     ) -> None:
         self.data, self.batch_size, self.seed = data, batch_size, seed
@@ -94,13 +96,13 @@ class Batches:
         self.pool: tuple[int, int, np.ndarray] | None = None  # epoch, number and order of the last
 
     @property
-    def total(self) -> int:
-        """Examples of all epochs."""
-        return self.count * self.epochs
+    def total(self) -> int | None:
+        """Examples of all epochs; None when there is no end of them."""
+        return None if self.epochs is None else max(round(self.count * self.epochs), 1)
 
-    @property
-    def left(self) -> int:
-        return self.total - self.place
+    def left(self, count: int) -> int:
+        """How many of the next ``count`` examples there are."""
+        return count if self.total is None else max(min(count, self.total - self.place), 0)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -143,13 +145,17 @@ class Batches:
 
         ``width``: positions to pad to, for a model that keeps other rows; default as few as fit.
         """
-        count = min(count, self.left)
-        found = gather(self.data, self.order(self.place, count), width=width)
+        return gather(self.data, self.take(count), width=width)
+
+    def take(self, count: int) -> np.ndarray:
+        """The numbers of what ``rows`` would give."""
+        count = self.left(count)
+        found = self.order(self.place, count)
         self.place += count
         return found
 
     def __iter__(self) -> Iterator[Batch]:
-        while self.left:
+        while self.left(1):
             yield self.batch()
 
     def padding(self, epoch: int = 0) -> dict[str, float]:

@@ -23,7 +23,7 @@ from thimble import artifacts
 from thimble.console import log, progress
 from thimble.conversations import checks, sources
 from thimble.conversations.dataset import EXAMPLE, KIND, SPLITS, Conversations, Unsealed
-from thimble.conversations.options import DatasetConfig
+from thimble.config.schema import DatasetConfig
 from thimble.conversations.records import Conversation, parse
 from thimble.conversations.template import Template, encode, fit, special_id, template_of
 from thimble.corpora.local import REFUSED_SHARE, Refusals, UserFile
@@ -63,7 +63,7 @@ def build(
 ) -> Built:
     """Tokenize the conversations that ``config`` names; ``output``: default ``data/conversations``.
 
-    ``workers``: processes that tokenize, default one a core. Does nothing when the directory
+    ``workers``: processes that tokenize, default ``dataset.dataloader_workers``. Does nothing when the directory
     already holds exactly this. Raises ConfigError (no tokenizer, no such template), DataError (the
     data do not fit) or EnvironmentProblem; whatever stood at ``output`` then still stands there.
     """
@@ -74,7 +74,7 @@ def build(
             f"{config.vocab_size:,} of dataset.vocab_size: it is another one."
         )
     template = template_of(config.template, tokenizer, config.system_message)
-    paths = sources.find(config.name, config.data_dir)
+    paths = sources.find(config.name or "slimorca", config.data_dir)
     inputs = {
         "files": [{"name": path.name, "sha256": artifacts.sha256_file(path)} for path in paths],
         "tokenizer": tokenizer.fingerprint,
@@ -86,6 +86,7 @@ def build(
         "seq_len": config.seq_len,
         "subset_size": config.subset_size,
         "test_ratio": config.test_ratio,
+        "val_ratio": config.val_ratio,
         "seed": config.seed,
     }
     name = f"{sources.stem(paths)}-{artifacts.fingerprint([inputs, options])[:8]}"
@@ -176,7 +177,9 @@ def write(
                 yield out, tokenizer.fingerprint, config, limit, number, passed, records
             begin += size
 
-    count = min(workers or os.cpu_count() or 1, 1 + wanted // 1000)
+    if workers is None:
+        workers = os.cpu_count() if config.dataloader_workers is None else config.dataloader_workers
+    count = min(max(workers or 1, 1), 1 + wanted // 1000)
     with ExitStack() as stack:
         files = [
             stack.enter_context(open(out / f"{name}.bin", "wb"))
@@ -317,27 +320,32 @@ def _encode(
 
 
 def divide(out: Path, config: DatasetConfig, counts: dict[str, Any]) -> None:
-    """Assign every example of the table to train or test, and count them."""
+    """Assign every example of the table to train, test or val, and count them."""
     table = np.memmap(out / "examples.bin", EXAMPLE, mode="r+")
     nothing = np.zeros(0)
     group, joined = splits.merge_equal_texts(
         splits.Documents(np.array(table["group"]), np.array(table["text"]), nothing, nothing)
     )
     names, member = np.unique(group, return_inverse=True)
-    drawn = [splits.hash64(f"{config.seed}:{name}") / 2**64 < config.test_ratio for name in names]
-    table["split"] = np.array(drawn, dtype=np.uint8)[member]
+    drawn = np.array([splits.hash64(f"{config.seed}:{name}") / 2**64 for name in names])
+    # Test comes first, so that it is the same prompts whatever is held out for val.
+    bounds = np.cumsum([config.test_ratio, config.val_ratio])
+    places = np.array([SPLITS.index(name) for name in ("test", "val", "train")], dtype=np.uint8)
+    table["split"] = places[np.searchsorted(bounds, drawn, side="right")][member]
     table.flush()
     counts["groups"], counts["joined_groups"] = len(names), joined
     for place, name in enumerate(SPLITS):
         counts[name] = int(np.sum(table["split"] == place))
     if not counts["train"]:
         raise DataError(
-            f"All {counts['examples']:,} examples fell into the test split, none is left to train "
-            "on. Use more data, or a lower dataset.test_ratio."
+            f"All {counts['examples']:,} examples fell into the test and val splits, none is left "
+            "to train on. Use more data, or a lower dataset.test_ratio."
         )
-    if config.test_ratio and not counts["test"]:
-        log.warning(
-            "the test split is empty: %s questions are too few for a share of %g",
-            f"{len(names):,}",
-            config.test_ratio,
-        )
+    for name, share in (("test", config.test_ratio), ("val", config.val_ratio)):
+        if share and not counts[name]:
+            log.warning(
+                "the %s split is empty: %s questions are too few for a share of %g",
+                name,
+                f"{len(names):,}",
+                share,
+            )

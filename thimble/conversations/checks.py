@@ -8,6 +8,7 @@ suspicion. All read the tokens block by block, so memory does not grow with them
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -123,10 +124,12 @@ def tokenizer_fidelity(counts: Mapping[str, int], tokenizer: Tokenizer) -> dict[
 
 
 def split_overlap(data: Conversations) -> dict[str, Any]:
-    """Prompts (up to case and whitespace) and groups that are in both splits; has to be none."""
+    """Prompts (up to case and whitespace) and groups in more than one split; has to be none."""
     columns = {"prompts": "text", "groups": "group"}
-    train, test = (data.examples[data.examples["split"] == i] for i in range(len(SPLITS)))
+    parts = [data.examples[data.examples["split"] == place] for place in range(len(SPLITS))]
     return {
-        f"{name}_in_both": len(np.intersect1d(train[column], test[column]))
+        f"{name}_in_both": sum(
+            len(np.intersect1d(a[column], b[column])) for a, b in itertools.combinations(parts, 2)
+        )
         for name, column in columns.items()
     }

@@ -14,7 +14,7 @@ from thimble.tokens.tokenizer import Tokenizer, load_tokenizer
 
 KIND = "conversations"
 MAKE = "thimble conversations build NAME_OR_PATH"
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "val")
 IGNORED = -100  # the label of a position that is not trained on
 
 EXAMPLE = np.dtype(
@@ -73,7 +73,7 @@ class Conversations:
         return len(self.examples)
 
     def split(self, name: str) -> np.ndarray:
-        """Numbers of the examples in ``train`` or ``test``, int64."""
+        """Numbers of the examples in ``train``, ``test`` or ``val``, int64."""
         if name not in SPLITS:
             raise DataError(f"There is no split {name!r}; there are {', '.join(SPLITS)}.")
         return np.flatnonzero(self.examples["split"] == SPLITS.index(name))

@@ -99,7 +99,7 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
     Writes ``acceptance.json`` into the run, and a model card, ``README.md``, into an accepted
     checkpoint. Raises DataError when the checkpoint is not part of a run or of an architecture
     that is not ours, when the run's record is missing, and when the tokens are missing or are not
-    those it was trained on.
+    those it was trained on; ConfigError when its recipe has no gate.
     """
     if split not in SPLITS:
         raise ConfigError(f"The gate judges held-out text: split {' or '.join(SPLITS)}.")
@@ -109,6 +109,11 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
     problems = _missing(manifest) + artifacts.damaged_files(directory, manifest, hashes=True)
     saved = not problems and (directory / CONFIG_FILE).is_file()
     config = load_run(directory if saved else run)
+    if config.acceptance.perplexity is None or config.model.schedule == "recursive":
+        raise ConfigError(
+            f"{config.recipe} has no gate to be judged by. What it is measured by:\n"
+            f"  thimble evaluate {path}"
+        )
     step = manifest["options"].get("step")
     record = _record_condition(run / METRICS, step)
     whole = Condition(
@@ -143,7 +148,7 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
             seed=config.seed,
         )
         text = _text_condition(samples)
-        measured = baselines.measure(config.data.path, split)
+        measured = baselines.measure(config.data.folder, split)
         notes = measured["notes"]
         bits = evaluation["bits_per_byte"]
         rungs = sorted(measured["rungs"].items(), key=lambda rung: -rung[1])

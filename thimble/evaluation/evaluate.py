@@ -32,6 +32,8 @@ from thimble.training import checkpoint
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from thimble.evaluation.evaluate_recursive import RecursiveEvaluation
+
 REPORT, SELECTION = "evaluation_report.json", "best_checkpoint_selection.json"
 SPLITS = ("val", "test")
 TEXTS = 16
@@ -100,20 +102,33 @@ def evaluate(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     device: str = "auto",
-) -> Evaluation:
+    **recursive: Any,
+) -> Evaluation | RecursiveEvaluation:
     """Measure a checkpoint, or a run's best one, and write ``evaluation_report.json`` into it.
 
     A checkpoint of ours knows its tokens; for another one (a llama or mistral of transformers)
     ``tokens`` names the directory, which must be of its tokenizer. ``tasks`` are names of
-    lm-evaluation-harness, or YAML files of tasks; ``limit`` bounds the items of each.
+    lm-evaluation-harness, or YAML files of tasks; ``limit`` bounds the items of each. ``recursive``
+    are those of ``request.Request``, for checkpoints of recursive models, which have none of these.
     """
+    directory = checkpoint.resolve(path)
+    own = {"tokens": tokens, "tasks": tasks, "limit": limit}
+    others = own if is_recursive(directory) else recursive
+    if given := [name.replace("_", "-") for name, value in others.items() if value]:
+        which = "other models" if others is own else "recursive models"
+        raise ConfigError(f"--{given[0]} is for {which}, and {directory} holds none.")
+    if others is own:
+        from thimble.evaluation.evaluate_recursive import evaluate_recursive
+        from thimble.evaluation.request import Request
+
+        request = Request(**recursive)
+        return evaluate_recursive(directory, split=split, device=device, request=request)
     if split not in SPLITS:
         raise ConfigError(f"Only held-out text says something: split {' or '.join(SPLITS)}.")
     if tasks:
         from thimble.evaluation import harness
 
         harness.check()
-    directory = checkpoint.resolve(path)
     model, data, config, notes = open_checkpoint(directory, split, tokens, device)
     # First, as their data may not be there.
     measured = harness.run(directory, tasks, limit, model.device) if tasks else None
@@ -167,10 +182,17 @@ def select(paths: Sequence[str | Path], **options: Any) -> Selection:
     ConfigError when their perplexities are of different tokens, which cannot be ranked.
     """
     directories = list(dict.fromkeys(checkpoint.resolve(path).resolve() for path in paths))
+    if others := [path for path in directories if is_recursive(path)]:
+        raise ConfigError(
+            f"{others[0]} holds a recursive model, which the weighted score is not made for. "
+            "Evaluate its checkpoints one by one."
+        )
     evaluations: list[Evaluation] = []
     for number, directory in enumerate(directories, 1):
         log.info("checkpoint %d of %d: %s", number, len(directories), directory)
-        evaluations.append(evaluate(directory, **options))
+        measured = evaluate(directory, **options)
+        assert isinstance(measured, Evaluation)
+        evaluations.append(measured)
         first, last = evaluations[0], evaluations[-1]
         if first.tokens_fingerprint != last.tokens_fingerprint:
             raise ConfigError(
@@ -204,6 +226,10 @@ def select(paths: Sequence[str | Path], **options: Any) -> Selection:
     return result
 
 
+def is_recursive(directory: Path) -> bool:
+    return interop.read_config(directory).schedule == "recursive"
+
+
 def all_checkpoints(run: str | Path) -> list[Path]:
     """Every whole checkpoint of a run, oldest first; DataError when it has none."""
     found = [path for _, path in checkpoint.steps(Path(run) / "checkpoints")]
@@ -226,7 +252,6 @@ def open_checkpoint(
 
     Notes say what cannot be known of tokens that were named by hand.
     """
-    interop.read_config(directory)  # is it a checkpoint at all
     config = load_run(directory) if (directory / CONFIG_FILE).is_file() else None
     notes: list[str] = []
     if config and tokens is None:

@@ -85,12 +85,12 @@ class NgramModel:
             ids = np.minimum(np.searchsorted(level.codes, code), len(level.codes) - 1)
             ids = np.where(level.codes[ids] == code, ids, -1)  # an unknown history's code is < 0
             if n in orders:
-                found[n] = _interpolate(level, level.counts, ids, history, p)[pad:]
-            p = _interpolate(level, level.predecessors, ids, history, p)
+                found[n] = interpolate(level, level.counts, ids, history, p)[pad:]
+            p = interpolate(level, level.predecessors, ids, history, p)
         return found
 
 
-def _interpolate(
+def interpolate(
     level: Level, counts: np.ndarray, ids: np.ndarray, history: np.ndarray, lower: np.ndarray
 ) -> np.ndarray:
     """The formula at one order; an unknown history leaves the probability of the shorter one."""

@@ -47,10 +47,10 @@ def held_out(
     """
     from thimble.tokens.shards import TokenSplit
 
-    data = TokenSplit(config.data.path, split)
+    data = TokenSplit(config.data.folder, split)
     if data.manifest["fingerprint"] != manifest["inputs"].get("tokens"):
         raise DataError(
-            f"{config.data.path} is not what {directory} was trained on: it was built again "
+            f"{config.data.folder} is not what {directory} was trained on: it was built again "
             "since, and what is held out now may have been trained on. Train again, or put "
             "the former tokens back."
         )

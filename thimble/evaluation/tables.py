@@ -1,8 +1,10 @@
-"""An evaluation on a terminal: figures by category, texts, benchmark, score."""
+"""An evaluation on a terminal: figures by category, texts, benchmark, score; of a recursive model
+figures by supervision step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,8 +15,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from thimble.evaluation.evaluate import Evaluation, Selection
+    from thimble.evaluation.evaluate_recursive import RecursiveEvaluation
 
 Row = list[str]
+Maker = Callable[[Mapping[str, Any]], tuple[Row, list[Row]]]
+# As the recursive models' own programs print them, and in their order.
+DOCUMENTED = "accuracy", "exact_accuracy", "lm_loss", "q_halt_accuracy", "q_halt_loss", "steps"
 
 
 def figures_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
@@ -98,9 +104,61 @@ def score_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return ["weighted score", ""], [[names[key], f"{value:.4f}"] for key, value in score.items()]
 
 
+def step_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """A recursive model after each of its supervision steps, and where its halting head stops."""
+    figures = evaluation["figures"]
+    stops = figures["halting_histogram"]
+    parts = [*figures["by_step"], figures["when_halting"]]
+    names = [*(f"{part['step']}" for part in figures["by_step"]), "where it halts"]
+    here = [*(f"{count:,}" for count in stops), f"mean {figures['halting_steps']:.2f}"]
+    head = ["supervision step", "nats/token", "accuracy", "exact", "halting right", "halt here"]
+    rows = [
+        [
+            name,
+            _number(part["nll"], ".4f"),
+            f"{part['accuracy']:.1%}",
+            f"{part['exact_accuracy']:.1%}",
+            f"{part['q_halt_accuracy']:.1%}",
+            count,
+        ]
+        for name, part, count in zip(names, parts, here, strict=True)
+    ]
+    return head, rows
+
+
+def baseline_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Held-out answers beside what models make of them that only count."""
+    figures, baselines = evaluation["figures"], evaluation["baselines"]
+    head = ["held-out answers", "nats/token", "perplexity", "bits/byte"]
+    if not baselines:
+        return head, []
+    rows = [
+        [f"this model ({figures['form']})", figures["nll"], figures["bits_per_byte"]],
+        *(
+            [name, baselines[f"{name}_nll"], baselines.get(f"{name}_bits_per_byte")]
+            for name in ("bigram", "unigram", "uniform")
+        ),
+    ]
+    return head, [
+        [name, _number(nll, ".4f"), _number(_exp(nll), ",.2f"), _number(bits, ".3f")]
+        for name, nll, bits in rows
+    ]
+
+
+def vote_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """ARC: two answers for each test input, by the votes of all augmentations."""
+    found = evaluation["arc"] or {}
+    return ["votes of all augmentations", ""], [
+        [name.replace("_", " "), f"{value:.1%}" if "@" in name else f"{value:,}"]
+        for name, value in found.items()
+    ]
+
+
 def tables(evaluation: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
     """All tables of an evaluation, those that have rows; ``evaluation`` is its ``to_dict()``."""
-    made = (figures_rows, text_rows, benchmark_rows, speed_rows, score_rows)
+    made: tuple[Maker, ...] = (figures_rows, text_rows, benchmark_rows, speed_rows, score_rows)
+    if "kind" in evaluation:  # of a recursive model
+        made = (step_rows, baseline_rows, vote_rows)
     return [table for table in (make(evaluation) for make in made) if table[1]]
 
 
@@ -111,6 +169,25 @@ def render_evaluation(result: Evaluation, console: Console) -> None:
         console.print(_table(head, rows))
     for note in result.notes:
         console.print(Text(note, "dim"))
+
+
+def render_recursive(result: RecursiveEvaluation, console: Console) -> None:
+    """The block of the models' own programs, then what it takes to judge it."""
+    figures = result.figures
+    console.print(Text(f"=== Inference Metrics ===\n{result.split}:"))
+    for name in DOCUMENTED:
+        console.print(Text(f"  {name}: {float(figures[name])!r}"))
+    size = f"{figures['examples']:,} {result.kind}, {figures['tokens']:,} labels"
+    facts = f"{result.parameters:,} parameters, {size} of {result.data}"
+    console.print(Text(f"\n{result.checkpoint}: {facts}"))
+    for head, rows in tables(result.to_dict()):
+        console.print(_table(head, rows))
+    for line in result.suspicious:
+        console.print(Text(line, "bold yellow"))
+    for note in result.notes:
+        console.print(Text(note, "dim"))
+    for name, path in result.files.items():
+        console.print(Text(f"{name}: {path}"))
 
 
 def render_selection(result: Selection, console: Console) -> None:
@@ -147,6 +224,11 @@ def _share(part: Mapping[str, Any]) -> str:
         return "not measured"
     error = part.get("standard_error")
     return f"{part['accuracy']:.1%}" + (f" ± {error:.1%}" if error is not None else "")
+
+
+def _exp(nats: float | None) -> float | None:
+    # Beyond 700 the exponential leaves the range of a float.
+    return None if nats is None else math.exp(nats) if nats < 700 else math.inf
 
 
 def _number(value: float | None, kind: str) -> str:

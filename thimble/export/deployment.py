@@ -17,7 +17,7 @@ import numpy as np
 
 from thimble import artifacts
 from thimble.config.load import CONFIG_FILE, load_run
-from thimble.config.schema import RECURSIVE_KEYS
+from thimble.config.model import RECURSIVE_KEYS
 from thimble.errors import DataError, EnvironmentProblem
 from thimble.evaluation import perplexity
 from thimble.tokens.shards import TokenSplit, check_tokenizer

@@ -27,7 +27,7 @@ from thimble.generation import model as generation
 from thimble.models import interop
 
 if TYPE_CHECKING:
-    from thimble.config.schema import ModelConfig
+    from thimble.config.model import ModelConfig
 
 WRITTEN = ("F16", "F32", "Q8_0")  # by the package gguf
 K_QUANTS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K")  # by llama.cpp
@@ -68,6 +68,7 @@ def export(
     """
     type = check_type(type)
     source = deployment.find_source(path)
+    interop.refuse_recursive(source.checkpoint, "llama.cpp")
     target = deployment.choose_target(source, output, f"-{type}.gguf")
     model = generation.load(source.checkpoint, device="cpu")
     split = deployment.held_out(source, tokens, model.tokenizer)

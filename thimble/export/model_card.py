@@ -33,15 +33,15 @@ def model_card(result: Acceptance, config: Config) -> str:
 
     The card is no part of the checkpoint's manifest: it describes the files named there.
     """
-    tokens = artifacts.read_manifest(config.data.path, "tokens", make="thimble tokens build CORPUS")
-    corpus = _corpus(config.data.path, tokens)
+    tokens = artifacts.read_manifest(config.data.folder, "tokens", make="thimble tokens build CORPUS")
+    corpus = _corpus(config.data.folder, tokens)
     sections = [
         f"# {config.recipe}",
         _introduction(result, config),
         "## Measured",
         _measured(result),
         "## Training data",
-        _data(config.data.path, tokens, corpus),
+        _data(config.data.folder, tokens, corpus),
         "## Training",
         _training(result, config),
         "## Samples",
@@ -239,7 +239,7 @@ def reproduction(
     given = tokens["options"].get("tokenizer")
     size = f"--vocab-size {tokens['vocab_size']}"
     used = f"--tokenizer {shlex.quote(given)}" if given else size
-    target = shlex.quote(config.data.path)
+    target = shlex.quote(config.data.folder)
     yield f"thimble tokens build {shlex.quote(name)} {used} --output {target}"
     if config.recipe in configuration.recipe_names():
         changed = "".join(f" {shlex.quote(override)}" for override in overrides(config))

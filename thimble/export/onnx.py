@@ -25,12 +25,13 @@ from thimble.errors import DataError, NotAccepted
 from thimble.export import deployment
 from thimble.export.deployment import Export
 from thimble.generation import model as generation
+from thimble.models import interop
 from thimble.models.attention import KVCache
+from thimble.models.causal_lm import CausalLM
 from thimble.training import devices
 
 if TYPE_CHECKING:
     from thimble.generation import Model
-    from thimble.models.causal_lm import CausalLM
     from thimble.tokens.shards import TokenSplit
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -88,8 +89,10 @@ def export(
     except ImportError as error:
         raise deployment.missing_extra(f"ONNX needs the package {error.name}", "onnx") from error
     source = deployment.find_source(path)
+    interop.refuse_recursive(source.checkpoint, "the graph that thimble writes")
     target = deployment.choose_target(source, output, ".onnx")
     model = generation.load(source.checkpoint, device="cpu")
+    assert isinstance(model.network, CausalLM)
     size = 4 * model.config.num_parameters
     if size > LARGEST_FILE:
         raise DataError(

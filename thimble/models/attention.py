@@ -10,7 +10,13 @@ from thimble.models.layers import Linear, rotate
 
 
 class KVCache:
-    """Keys and values of the positions seen so far: [B, K, capacity, C] each, filled from left."""
+    """Keys and values of the positions seen so far: [B, K, capacity, C] each, filled from left.
+
+    ``mask``, where it is set, says what the positions of the next call see, where some are padding:
+    bool [B, 1, T, S] over all S positions, past and new.
+    """
+
+    mask: Tensor | None = None
 
     def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
         self.keys = like.new_zeros(batch, heads, capacity, head_dim)
@@ -58,7 +64,8 @@ class Attention(nn.Module):
         key/value      0    1            K = 2: heads 0-2 read the first, 3-5 the second
 
     ``head_dim`` is independent of ``hidden_size / H``: the specification's tiny model has 6 heads
-    and 256 channels. Queries, keys and values come from one matrix.
+    and 256 channels. Queries, keys and values come from one matrix; with ``gated`` it first makes
+    gates, whose sigmoids multiply the heads' outputs (arXiv:2505.06708).
     """
 
     def __init__(
@@ -69,25 +76,30 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         causal: bool = True,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.causal = causal
-        widths = (heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads))
-        self.qkv = Linear(hidden_size, *widths)
+        self.causal, self.gated = causal, gated
+        parts = [num_heads] * gated + [num_heads, num_kv_heads, num_kv_heads]
+        self.qkv = Linear(hidden_size, *(heads * head_dim for heads in parts))
         self.output = Linear(num_heads * head_dim, hidden_size)
 
     def forward(
         self, x_btd: Tensor, rope_2tc: Tensor, state: KVCache | None = None
     ) -> tuple[Tensor, KVCache | None]:
-        """[B, T, D] -> [B, T, D]; ``rope_2tc`` holds the rows of these T positions.
+        """[B, T, D] -> [B, T, D]; ``rope_2tc`` holds the rows of these T positions, for all rows
+        of the batch or, as [2, B, 1, T, C], for each.
 
         With a ``state`` the T positions follow the ones in it; they are added to it in place. Only
         causal attention has one.
         """
         batch, time, _ = x_btd.shape
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv = self.qkv(x_btd).view(batch, time, heads + 2 * kv_heads, size).transpose(1, 2)
+        made = self.qkv(x_btd)
+        if self.gated:
+            gate, made = made.split([heads * size, (heads + 2 * kv_heads) * size], dim=-1)
+        qkv = made.view(batch, time, heads + 2 * kv_heads, size).transpose(1, 2)
         # Queries and keys are neighbours, so one call rotates both.
         rotated = rotate(qkv[:, : heads + kv_heads], rope_2tc)
         q, k = rotated[:, :heads], rotated[:, heads:]
@@ -101,7 +113,9 @@ class Attention(nn.Module):
             if state is not None:
                 k, v = state.append(k, v)
                 past = k.shape[2] - time
-                if past and time > 1:  # a block after a prefix: every position sees the prefix
+                mask = state.mask
+                if mask is None and past and time > 1:
+                    # A block after a prefix: every position sees the prefix.
                     mask = q.new_ones(time, past + time, dtype=torch.bool).tril(past)
             y = F.scaled_dot_product_attention(
                 q,
@@ -112,4 +126,6 @@ class Attention(nn.Module):
                 enable_gqa=heads != kv_heads,
             )
         y = y.transpose(1, 2).reshape(batch, time, heads * size)
+        if self.gated:
+            y = y * gate.sigmoid()
         return self.output(y), state

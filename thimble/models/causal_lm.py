@@ -21,7 +21,7 @@ from thimble.models.layers import Linear, RMSNorm, SwiGLU, rotary_rows, rotary_t
 from thimble.models.retention import Retention, RetentionState
 
 if TYPE_CHECKING:
-    from thimble.config.schema import ModelConfig
+    from thimble.config.model import ModelConfig
 
 # What a layer keeps of the positions it has seen.
 LayerState = KVCache | RetentionState

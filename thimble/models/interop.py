@@ -1,7 +1,8 @@
 """Our model as a native transformers checkpoint, and such checkpoints as our model.
 
 A plain attention model is a ``llama``, or a ``mistral`` where LlamaConfig refuses its shape (a
-hidden size that the number of heads does not divide). Both have the same tensors.
+hidden size that the number of heads does not divide). Both have the same tensors. A recursive model
+has files of its own (``interop_recursive``); an ``hrm_text`` is read as one (``interop_hrm_text``).
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ import torch
 from torch import Tensor
 
 from thimble.artifacts import read_json
-from thimble.config.schema import ModelConfig
-from thimble.errors import DataError, nearest
+from thimble.config.model import ModelConfig
+from thimble.console import log
+from thimble.errors import ConfigError, DataError, nearest
+from thimble.models import interop_hrm_text, interop_recursive
 from thimble.models.causal_lm import Block, CausalLM
+from thimble.models.recursive import RecursiveLM
 from thimble.quantization import packed
 
 NATIVE = ("llama", "mistral")
+READABLE = (*NATIVE, interop_hrm_text.MODEL_TYPE, interop_recursive.MODEL_TYPE)
 WEIGHTS = "model.safetensors"
 PICKLED = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
 
 
 def to_native_config(config: ModelConfig, special: dict[str, int | None]) -> dict[str, Any]:
     """``config.json`` for transformers; ``special`` holds bos, eos and pad token ids."""
+    if config.schedule == "recursive":
+        return interop_recursive.to_config(config, special)
     llama = config.hidden_size % config.num_attention_heads == 0
     native: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
@@ -60,13 +67,19 @@ def to_native_config(config: ModelConfig, special: dict[str, int | None]) -> dic
 
 
 def from_native_config(native: dict[str, Any], where: object) -> ModelConfig:
-    """Our configuration of a llama or mistral; DataError names whatever we could not reproduce."""
+    """Our configuration of what ``READABLE`` names; DataError says what we could not reproduce."""
     kind = native.get("model_type")
+    if kind == interop_recursive.MODEL_TYPE:
+        return interop_recursive.from_config(native, where)
+    if kind == interop_hrm_text.MODEL_TYPE:
+        return interop_hrm_text.from_config(native, where)
     if kind not in NATIVE:
-        close = nearest(str(kind), NATIVE)
+        close = nearest(str(kind), READABLE)
+        *first, last = READABLE
         raise DataError(
-            f"{where} is a {kind or 'model of unknown type'}; thimble loads {' and '.join(NATIVE)} "
-            f"checkpoints{f' ({close}?)' if close else ''}. Load it with transformers instead."
+            f"{where} is a {kind or 'model of unknown type'}; thimble loads {', '.join(first)} and "
+            f"{last} checkpoints{f' ({close}?)' if close else ''}. Load it with transformers "
+            "instead."
         )
     packed.check(native.get("quantization_config"), where)
     rope = native.get("rope_parameters") or native.get("rope_scaling") or {}
@@ -102,8 +115,10 @@ def from_native_config(native: dict[str, Any], where: object) -> ModelConfig:
         raise DataError(f"{where} is not a usable configuration: {error}") from error
 
 
-def to_native_tensors(model: CausalLM) -> dict[str, Tensor]:
+def to_native_tensors(model: CausalLM | RecursiveLM) -> dict[str, Tensor]:
     """transformers' names -> tensors (views); a tied head is left out, as transformers does."""
+    if isinstance(model, RecursiveLM):
+        return interop_recursive.to_tensors(model)
     config = model.config
     size = config.head_dim
     heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
@@ -133,12 +148,20 @@ def to_native_tensors(model: CausalLM) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_native_tensors(model: CausalLM, tensors: dict[str, Tensor], where: object) -> None:
+def load_native_tensors(
+    model: CausalLM | RecursiveLM, tensors: dict[str, Tensor], where: object
+) -> None:
     """Copy transformers' tensors into the model; every tensor must be there, in shape, and used."""
-    slots = to_native_tensors(model)
-    given = dict(tensors)
+    slots, given = to_native_tensors(model), dict(tensors)
+    if isinstance(model, RecursiveLM):
+        if interop_hrm_text.INIT in tensors and not interop_hrm_text.differences(model.config):
+            slots = interop_hrm_text.to_tensors(model)
+            interop_hrm_text.clear_rest(model)
+        else:
+            given = interop_recursive.own_names(tensors)
     if model.config.tie_word_embeddings:
-        given.pop("lm_head.weight", None)
+        for name in ("lm_head.weight", "head.weight"):
+            given.pop(name, None)
     missing, extra = sorted(slots.keys() - given.keys()), sorted(given.keys() - slots.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has the unknown tensor {extra[0]}"
@@ -168,14 +191,34 @@ def read_config(directory: str | Path) -> ModelConfig:
     return from_native_config(read_json(directory / "config.json"), directory / "config.json")
 
 
-def load_model(directory: str | Path, device: torch.device | str = "cpu") -> CausalLM:
+def refuse_recursive(directory: Path, what: str) -> None:
+    """Raise ConfigError when the checkpoint is of a recursive model, which ``what`` cannot run."""
+    config = read_config(directory)
+    if config.schedule == "recursive":
+        use = "export transformers -o FOLDER" if config.causal else "evaluate"
+        raise ConfigError(
+            f"{directory} holds a recursive model, whose stack runs in cycles; {what} runs a stack "
+            f"once. What there is for it:\n  thimble {use} {directory}"
+        )
+
+
+def new_model(config: ModelConfig) -> CausalLM | RecursiveLM:
+    """The model of a configuration, with weights that nobody has set."""
+    return RecursiveLM(config) if config.schedule == "recursive" else CausalLM(config)
+
+
+def load_model(directory: str | Path, device: torch.device | str = "cpu") -> CausalLM | RecursiveLM:
     """Load ``config.json`` and safetensors (one file or shards) into a float32 model on ``device``.
 
     Quantized weights (``quantization.packed``) become the float32 numbers they stand for.
     Nothing is unpickled: a directory with only a pickled file is refused with what to do.
     """
     directory = Path(directory)
-    model = CausalLM(read_config(directory))
+    model = new_model(read_config(directory))
+    native = read_json(directory / "config.json")
+    if native["model_type"] == interop_hrm_text.MODEL_TYPE:
+        for remark in interop_hrm_text.remarks(native):
+            log.warning("%s: %s.", directory, remark)
     tensors = packed.unpack(read_tensors(directory), directory)
     load_native_tensors(model, tensors, directory)
     return model.to(device)

@@ -39,6 +39,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+def plain_norm(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without a scale."""
+    return F.rms_norm(x, x.shape[-1:], None, eps)
+
+
 def rotary_table(length: int, head_dim: int, theta: float, start: int = 0) -> Tensor:
     """cos and sin of ``length`` positions from ``start`` on as one float32 tensor [2, T, C]
     (RoFormer, arXiv:2104.09864).

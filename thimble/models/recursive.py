@@ -16,6 +16,9 @@ the single latent and the plain transformer are all configurations of this one c
     TRM                          defaults: one stack for both latents
     HRM                          separate_stacks=true, bp_cycles=0, H_cycles=2, L_cycles=2
     TRM-MLP                      mixer=mlp, causal=false
+    HRM-Text                     separate_stacks=true, pre_norm=true, attention_gate=true,
+                                 inject_input=false, halt_max_steps=1, bp_cycles=H_cycles
+    HRM's learning of halting    q_continue=true
     single latent                single_z=true
     plain transformer            single_z=true, H_cycles=1, L_cycles=1, halt_max_steps=1
       of the same parameters       and num_hidden_layers as it is
@@ -38,11 +41,11 @@ from torch.utils.checkpoint import checkpoint
 from thimble.errors import ConfigError
 from thimble.models.attention import Attention, KVCache
 from thimble.models.causal_lm import LayerState
-from thimble.models.layers import Linear, SwiGLU, rotary_rows, rotary_table
+from thimble.models.layers import Linear, SwiGLU, plain_norm, rotary_rows, rotary_table
 from thimble.models.retention import Retention
 
 if TYPE_CHECKING:
-    from thimble.config.schema import ModelConfig
+    from thimble.config.model import ModelConfig
 
 # (z_H, z_L) or, with single_z, (z,): [B, S, D] each. The first is what is answered from.
 Latents = tuple[Tensor, ...]
@@ -56,6 +59,14 @@ def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator | N
     ``std`` exactly, as JAX draws it."""
     wide = std / TRUNCATED_STD
     nn.init.trunc_normal_(tensor, 0.0, wide, -2 * wide, 2 * wide, generator=generator)
+
+
+def position_table(config: ModelConfig, length: int) -> Tensor:
+    """What attention turns queries and keys by, [2, length, C]; by nothing without RoPE."""
+    if config.position_embedding == "rope":
+        return rotary_table(length, config.head_dim, config.rope_theta)
+    shape = length, config.head_dim
+    return torch.stack([torch.ones(shape), torch.zeros(shape)])
 
 
 class SequenceMLP(nn.Module):
@@ -77,11 +88,12 @@ class SequenceMLP(nn.Module):
         return self.mlp(x_bsd.transpose(1, 2)).transpose(1, 2), None
 
 
-class PostNormBlock(nn.Module):
+class RecursiveBlock(nn.Module):
     """``norm(x + mixer(x))``, then ``norm(x + mlp(x))``; the norm is RMSNorm without a scale.
 
-    The output of every call has the same size, however often it has been through: that is what
-    keeps a recursion from growing or fading.
+    With ``pre_norm`` it is ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``, and the stack's
+    output is normalised. Either way the output of every call of a stack has the same size, however
+    often it has been through: that is what keeps a recursion from growing or fading.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -98,9 +110,10 @@ class PostNormBlock(nn.Module):
                 config.num_key_value_heads,
                 config.head_dim,
                 causal=config.causal,
+                gated=config.attention_gate,
             )
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-        self.eps = config.rms_norm_eps
+        self.pre_norm, self.eps = config.pre_norm, config.rms_norm_eps
 
     def forward(
         self,
@@ -110,12 +123,13 @@ class PostNormBlock(nn.Module):
         starts_bs: Tensor | None = None,
     ) -> Tensor:
         documents = () if starts_bs is None else (starts_bs,)
+        if self.pre_norm:
+            mixed, _ = self.mixer(plain_norm(x_bsd, self.eps), rope_2sc, state, *documents)
+            x_bsd = x_bsd + mixed
+            return x_bsd + self.mlp(plain_norm(x_bsd, self.eps))
         mixed, _ = self.mixer(x_bsd, rope_2sc, state, *documents)
-        x_bsd = self.norm(x_bsd + mixed)
-        return self.norm(x_bsd + self.mlp(x_bsd))
-
-    def norm(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], None, self.eps)
+        x_bsd = plain_norm(x_bsd + mixed, self.eps)
+        return plain_norm(x_bsd + self.mlp(x_bsd), self.eps)
 
 
 class Stack(nn.Module):
@@ -123,7 +137,8 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(PostNormBlock(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(RecursiveBlock(config) for _ in range(config.num_hidden_layers))
+        self.pre_norm, self.eps = config.pre_norm, config.rms_norm_eps
 
     def forward(
         self,
@@ -140,7 +155,7 @@ class Stack(nn.Module):
                 z = checkpoint(block, z, rope_2sc, None, starts_bs, use_reentrant=False)
             else:
                 z = block(z, rope_2sc, caches[index] if caches else None, starts_bs)
-        return z
+        return plain_norm(z, self.eps) if self.pre_norm else z
 
 
 class RecursiveLM(nn.Module):
@@ -150,8 +165,9 @@ class RecursiveLM(nn.Module):
     ``checkpoint_activations`` a block keeps only its input for the backward pass.
 
     ``q_head`` reads one position of z_H and gives two numbers: the first is the logit that the
-    answer is right, so that one can halt; the second is HRM's value of going on, kept so that
-    parameters are those of the published models. Nothing trains it.
+    answer is right, so that one can halt; the second is HRM's value of going on. Only with
+    ``q_continue`` it is trained; it is always there, so that parameters are those of the published
+    models.
 
     ``hidden``, ``head``, ``new_state`` are ``CausalLM``'s, so sampling and evaluation take either.
     """
@@ -175,6 +191,11 @@ class RecursiveLM(nn.Module):
             if config.puzzle_identifiers
             else None
         )
+        self.position_embedding = (
+            nn.Embedding(config.num_positions, width)
+            if config.position_embedding == "learned"
+            else None
+        )
         self.stacks = nn.ModuleList(Stack(config) for _ in range(1 + config.separate_stacks))
         self.head = Linear(width, config.vocab_size)
         if config.tie_word_embeddings:
@@ -184,7 +205,7 @@ class RecursiveLM(nn.Module):
         self.register_buffer("H_init", torch.zeros(width))
         if not config.single_z:
             self.register_buffer("L_init", torch.zeros(width))
-        table = rotary_table(config.num_positions, config.head_dim, config.rope_theta)
+        table = position_table(config, config.num_positions)
         self.register_buffer("rope_2sc", table, persistent=False)
 
     @torch.no_grad()
@@ -197,7 +218,9 @@ class RecursiveLM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith(("q_head", "puzzle_embedding")):
                 parameter.zero_()
-            else:  # matrices: also of the embedding, whose output is multiplied by sqrt(width)
+            elif name.startswith(("embedding", "position_embedding")):
+                truncated_normal_(parameter, 1 / self.embedding_scale, generator)
+            else:
                 truncated_normal_(parameter, parameter.shape[1] ** -0.5, generator)
         self.q_head.bias.fill_(-5.0)
         for init in (self.H_init,) if self.config.single_z else (self.H_init, self.L_init):
@@ -209,16 +232,26 @@ class RecursiveLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
+    def embedding_scale(self) -> float:
+        return self.config.embedding_scale or math.sqrt(self.config.hidden_size)
+
+    @property
     def prefix(self) -> int:
         """Positions before the tokens."""
         return self.config.puzzle_emb_len if self.puzzle_embedding is not None else 0
 
     # --- the recursion
 
-    def embed(self, ids_bt: Tensor, puzzles_b: Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        ids_bt: Tensor,
+        puzzles_b: Tensor | None = None,
+        positions_bt: Tensor | slice = slice(None),
+    ) -> Tensor:
         """Token ids [B, T], and of each row its puzzle's identifier -> x [B, S, D].
 
-        Raises ConfigError when the number of tokens is not the one an mlp mixer was made for.
+        ``positions_bt``: where they are in their rows, if not at the beginning. Raises ConfigError
+        when the number of tokens is not the one an mlp mixer was made for.
         """
         config, time = self.config, ids_bt.shape[1]
         if config.mixer == "mlp" and time != config.max_position_embeddings:
@@ -232,10 +265,18 @@ class RecursiveLM(nn.Module):
             # The first position holds the puzzle; the others are room to think in.
             puzzle = self.puzzle_embedding(puzzles_b)[:, None]
             x = torch.cat([F.pad(puzzle, (0, 0, 0, self.prefix - 1)), x], dim=1)
-        return (x * math.sqrt(config.hidden_size)).to(self.compute_dtype)
+        if self.position_embedding is not None:
+            places = self.position_embedding.weight[positions_bt]
+            if isinstance(positions_bt, slice):
+                places = places[: x.shape[1]]
+            x = (x + places) * math.sqrt(0.5)  # a sum of two, of the size of one
+        return (x * self.embedding_scale).to(self.compute_dtype)
 
     def initial_latents(self, batch: int, positions: int) -> Latents:
-        """What every row begins with: the same at every position."""
+        """What every row begins with: the same at every position.
+
+        Without ``inject_input`` z_H is replaced by the input as soon as the step begins.
+        """
         shape = (batch, positions, self.config.hidden_size)
         inits = (self.H_init,) if self.config.single_z else (self.H_init, self.L_init)
         return tuple(init.to(self.compute_dtype).expand(shape) for init in inits)
@@ -258,6 +299,8 @@ class RecursiveLM(nn.Module):
         parts = self._calls(caches)
         low, high = self.stacks[0], self.stacks[-1]
         z_H, z_L = z[0], z[-1]  # one and the same with single_z
+        if not config.inject_input:
+            z_H = x_bsd
         wanted = torch.is_grad_enabled()
         again = wanted and self.checkpoint_activations
         for left in range(config.H_cycles, 0, -1):
@@ -266,13 +309,19 @@ class RecursiveLM(nn.Module):
                 last_call = left == 1 and step == config.L_cycles - 1
                 kept = left <= config.bp_cycles or last_call
                 with torch.set_grad_enabled(wanted and kept):
-                    injected = x_bsd if config.single_z else z_H + x_bsd
+                    injected = self._injected(z_H, x_bsd)
                     z_L = low(z_L, injected, rope, next(parts), again and kept, starts_bs)
             if not config.single_z:
                 kept = left <= max(config.bp_cycles, 1)
                 with torch.set_grad_enabled(wanted and kept):
                     z_H = high(z_H, z_L, rope, next(parts), again and kept, starts_bs)
         return (z_L,) if config.single_z else (z_H, z_L)
+
+    def _injected(self, z_H: Tensor, x_bsd: Tensor) -> Tensor:
+        """What an update of z_L is given beside itself."""
+        if self.config.single_z:
+            return x_bsd
+        return z_H + x_bsd if self.config.inject_input else z_H
 
     def _calls(self, caches: Sequence[LayerState] | None) -> Iterator[Sequence[LayerState] | None]:
         """The caches of each call of a stack, in the order of the calls."""
@@ -287,20 +336,25 @@ class RecursiveLM(nn.Module):
         *,
         steps: int | None = None,
         puzzles_b: Tensor | None = None,
+        positions_bt: Tensor | None = None,
         starts_bt: Tensor | None = None,
     ) -> Iterator[Latents]:
         """The latents after each of ``steps`` supervision steps (default: halt_max_steps, or as
         many as the state was made for), each detached from the one before.
 
-        ``starts`` [B, T], of retention: true where a document begins.
+        ``positions_bt`` says where each token is in its row, if not after those of the state.
+        ``starts_bt``, of retention: true where a document begins.
         """
         assert starts_bt is None or self.config.mixer == "retention"
         past = state[0].length if state else 0
+        places = slice(past, None) if positions_bt is None else positions_bt
         each = self.config.blocks_per_step
         if state:
             steps = len(state) // each
-        x = self.embed(ids_bt, puzzles_b)
+        x = self.embed(ids_bt, puzzles_b, places)
         rope = rotary_rows(self.rope_2sc, past, x.shape[1], self.config.rope_theta)
+        if positions_bt is not None:
+            rope = self.rope_2sc[:, positions_bt][:, :, None]
         z = self.initial_latents(x.shape[0], x.shape[1])
         for step in range(steps or self.config.halt_max_steps):
             z = tuple(latent.detach() for latent in z)
@@ -331,6 +385,14 @@ class RecursiveLM(nn.Module):
             read = z[0][rows, self.prefix + position_b]
         return self.q_head(read.to(self.q_head.weight.dtype))
 
+    def halting_logit(self, q_b2: Tensor) -> Tensor:
+        """Of ``q_values``, what is above 0 where the head would halt: [B].
+
+        TRM halts where the answer is likelier right than wrong; with ``q_continue``, as in HRM,
+        halting has to be worth more than going on.
+        """
+        return q_b2[:, 0] - q_b2[:, 1] if self.config.q_continue else q_b2[:, 0]
+
     @torch.no_grad()
     def halting_steps(
         self,
@@ -347,7 +409,7 @@ class RecursiveLM(nn.Module):
         config = self.config
         found = torch.full((len(ids_bt),), config.halt_max_steps, device=ids_bt.device)
         for step, z in enumerate(self.unroll(ids_bt, puzzles_b=puzzles_b), start=1):
-            stops = self.q_values(z, position_b)[:, 0] > 0
+            stops = self.halting_logit(self.q_values(z, position_b)) > 0
             found = torch.where(stops, found.clamp(max=step), found)
             if bool((found <= step).all()):
                 break

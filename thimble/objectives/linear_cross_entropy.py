@@ -87,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = hidden @ weight.t()
             if right_n is not None:
                 ahead = (logits >= logits.gather(1, index)).sum(-1) - 1
-                right_n[start : start + rows] = (ahead < 1) & ~ignored
+                right_n[start : start + rows] = (ahead == 0) & ~ignored  # -1: the target is NaN
             loss, grad = form(logits, index, wants_hidden or wants_weight)
             del logits
             if scale_n is not None:
@@ -172,5 +172,5 @@ def token_scores(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Tensor:
     for logits, index in _chunks(hidden, weight_vd, targets):
         target = logits.gather(1, index.clamp(min=0)[:, None])
         ahead = (logits >= target).sum(-1) - 1 + logits.shape[-1] * (index == IGNORE)
-        scores.append(torch.stack([_losses(logits, index), ahead < 1, ahead < 5], dim=-1))
+        scores.append(torch.stack([_losses(logits, index), ahead == 0, (ahead >= 0) & (ahead < 5)], -1))
     return torch.cat(scores).view(*targets.shape, 3)

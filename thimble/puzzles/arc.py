@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,12 @@ class Task:
     tests: list[Pair]
     held_out: bool
 
+    @property
+    def side(self) -> int:
+        """Of the smallest square that holds each of its grids."""
+        pairs = self.demonstrations + self.tests
+        return max(max(grid.shape) for pair in pairs for grid in pair)
+
 
 def build(
     output: str | Path,
@@ -91,6 +98,7 @@ def build(
     subsets: Sequence[str] = SUBSETS,
     test_set_name: str = "evaluation",
     num_aug: int = 1000,
+    max_side: int = SIDE,
     seed: int = 42,
     workers: int | None = None,
 ) -> Path:
@@ -101,7 +109,8 @@ def build(
     split; so the demonstrations of a task that is scored train its identifiers. ``num_aug``:
     augmentations of each task, no two the same, fewer where the task is too symmetric. In training
     all but one example of each augmentation are moved to a random place. ``test_puzzles.json``
-    holds the tasks to be scored.
+    holds the tasks to be scored. With ``max_side`` below 30 examples have that many tokens squared,
+    and tasks with a larger grid are left out: something for a small machine to try.
 
     The same seed gives the same bytes for any number of ``workers``, and a task's augmentations do
     not depend on the other tasks. Raises ConfigError or DataError; nothing is left at ``output``.
@@ -112,25 +121,34 @@ def build(
         )
     if num_aug < 0:
         raise ConfigError(f"num_aug must be 0 or more, not {num_aug}.")
+    if not 1 <= max_side <= SIDE:
+        raise ConfigError(f"max_side must be from 1 to {SIDE}, not {max_side}.")
     tasks, raw, files = _load(input_file_prefix, subsets, test_set_name)
+    found, tasks = len(tasks), [task for task in tasks if task.side <= max_side]
+    if not any(task.held_out for task in tasks):
+        raise DataError(
+            f"No task of {test_set_name} has only grids of at most {max_side} x {max_side}, so "
+            "none could be scored. Allow larger ones: --max-side."
+        )
     inputs = {path.name: artifacts.sha256_file(path) for path in files}
     options = {
         "puzzle": "arc",
         "subsets": list(subsets),
         "test_set_name": test_set_name,
         "num_aug": num_aug,
+        "max_side": max_side,
         "seed": seed,
     }
     with new_dataset(Path(output), inputs, options) as new:
         if new is None:
             return Path(output)
         folder, counts = new
-        train = SplitWriter(folder / "train", SIDE**2, VOCAB_SIZE)
-        test = SplitWriter(folder / "test", SIDE**2, VOCAB_SIZE)
+        train = SplitWriter(folder / "train", max_side**2, VOCAB_SIZE)
+        test = SplitWriter(folder / "test", max_side**2, VOCAB_SIZE)
         names: list[str] = []
         short = 0
         made = in_order(
-            functools.partial(_augmented, num_aug, seed),
+            functools.partial(_augmented, num_aug, seed, max_side),
             tasks,
             workers if len(tasks) * (1 + num_aug) > 2000 else 1,
         )
@@ -147,10 +165,12 @@ def build(
         for writer in (train, test):
             counts[writer.folder.name] = writer.close(1 + len(names))
         counts |= {"tasks": len(tasks), "identifiers": len(names)}
+        counts["tasks left out"] = found - len(tasks)
         counts["tasks with fewer augmentations"] = short
         if short:
             log.info("%d of %d tasks are too symmetric for all augmentations", short, len(tasks))
         write_identifiers(folder, names)
+        raw = {task.name: raw[task.name] for task in tasks if task.held_out}
         artifacts.write_text(folder / TEST_PUZZLES, json.dumps(raw) + "\n")
     return Path(output)
 
@@ -249,10 +269,10 @@ def check_grid(grid: Any, where: str) -> np.ndarray:
 # ------------------------------------------------------------------------------ grids and tokens
 
 
-def encode(grid: np.ndarray, top: int = 0, left: int = 0) -> np.ndarray:
-    """A grid [rows, columns] of colours as [900] tokens, its corner at (top, left)."""
+def encode(grid: np.ndarray, top: int = 0, left: int = 0, side: int = SIDE) -> np.ndarray:
+    """A grid [rows, columns] of colours as [side^2] tokens, its corner at (top, left)."""
     bottom, right = top + grid.shape[0], left + grid.shape[1]
-    tokens = np.zeros((SIDE, SIDE), np.uint8)
+    tokens = np.zeros((side, side), np.uint8)
     tokens[top:bottom, left:right] = grid + FIRST_COLOUR
     tokens[bottom : bottom + 1, left:right] = END
     tokens[top:bottom, right : right + 1] = END
@@ -260,22 +280,23 @@ def encode(grid: np.ndarray, top: int = 0, left: int = 0) -> np.ndarray:
 
 
 def crop(tokens: np.ndarray) -> np.ndarray:
-    """The largest grid of nothing but colours at the top left of [900] tokens, as colours.
+    """The largest grid of nothing but colours at the top left of [side^2] tokens, as colours.
 
     Of several equally large ones the one with the fewest rows; [0, 0] if a colour is not even in
     the corner.
     """
-    square = np.asarray(tokens).reshape(SIDE, SIDE)
+    side = math.isqrt(len(tokens))
+    square = np.asarray(tokens).reshape(side, side)
     colour = (square >= FIRST_COLOUR) & (square < VOCAB_SIZE)
     widths = np.minimum.accumulate(np.logical_and.accumulate(colour, axis=1).sum(axis=1))
-    areas = widths * np.arange(1, SIDE + 1)
+    areas = widths * np.arange(1, side + 1)
     rows = int(np.argmax(areas)) + 1 if areas.any() else 0
     columns = int(widths[rows - 1]) if rows else 0
     return (square[:rows, :columns] - FIRST_COLOUR).astype(np.uint8)
 
 
 def _augmented(
-    num_aug: int, seed: int, task: Task
+    num_aug: int, seed: int, side: int, task: Task
 ) -> tuple[list[str], tuple[np.ndarray, np.ndarray] | None, tuple[np.ndarray, np.ndarray] | None]:
     """The identifiers of a task, and inputs and labels for the train and the test split."""
     key = int.from_bytes(hashlib.sha256(task.name.encode()).digest()[:8], "big")
@@ -295,14 +316,14 @@ def _augmented(
             names.append(augmentation.name(task.name))
     demonstrations = len(task.demonstrations)
     trained, tested = (demonstrations, len(pairs)) if task.held_out else (len(pairs), len(pairs))
-    test = _encode_all([version[trained:tested] for version in versions], None)
-    return names, _encode_all([version[:trained] for version in versions], draw), test
+    test = _encode_all([version[trained:tested] for version in versions], side, None)
+    return names, _encode_all([version[:trained] for version in versions], side, draw), test
 
 
 def _encode_all(
-    versions: list[list[Pair]], draw: np.random.Generator | None
+    versions: list[list[Pair]], side: int, draw: np.random.Generator | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Inputs and labels [examples, 900]; with ``draw`` all but one of a version are moved."""
+    """Inputs and labels [examples, side^2]; with ``draw`` all but one of a version are moved."""
     if not versions[0]:
         return None
     inputs, labels = [], []
@@ -312,10 +333,10 @@ def _encode_all(
             top = left = 0
             if draw and number != stays:
                 rows, columns = np.maximum(question.shape, answer.shape)
-                top = int(draw.integers(SIDE - rows + 1))
-                left = int(draw.integers(SIDE - columns + 1))
-            inputs.append(encode(question, top, left))
-            labels.append(encode(answer, top, left))
+                top = int(draw.integers(side - rows + 1))
+                left = int(draw.integers(side - columns + 1))
+            inputs.append(encode(question, top, left, side))
+            labels.append(encode(answer, top, left, side))
     return np.stack(inputs), np.stack(labels)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from thimble import artifacts
 from thimble.errors import ConfigError, DataError
 from thimble.puzzles.dataset import FIELDS, MAKE, Metadata
 
@@ -69,6 +70,13 @@ class Split:
         ):
             raise DataError(f"The arrays in {folder} do not fit one another. Build it again.")
         self.sizes = np.diff(self.puzzles)
+        manifest = Path(dataset) / artifacts.MANIFEST
+        made = artifacts.read_json(manifest) if manifest.is_file() else {}
+        # A data set of another program has neither: its shape and first rows must do.
+        self.kind: str | None = made.get("options", {}).get("puzzle")
+        self.fingerprint: str = made.get("fingerprint") or artifacts.fingerprint(
+            [vars(self.metadata), list(shape), np.asarray(self.inputs[:64]).tolist()]
+        )
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -129,6 +137,10 @@ class Stream:
 
     def rows(self, count: int) -> Rows:
         """The next ``count`` examples."""
+        return self.split.rows(self.take(count))
+
+    def take(self, count: int) -> np.ndarray:
+        """The numbers of the next ``count`` examples."""
         taken = []
         epoch, offset = self.place.epoch, self.place.offset
         while count:
@@ -139,7 +151,7 @@ class Stream:
             offset += len(taken[-1])
             count -= len(taken[-1])
         self.place = Place(epoch, offset)
-        return self.split.rows(np.concatenate(taken) if taken else np.empty(0, dtype=np.int64))
+        return np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
 
 
 def evaluation_batches(

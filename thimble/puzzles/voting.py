@@ -7,6 +7,7 @@ ranked by their number of votes, then by the mean halting probability of those v
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -56,10 +57,12 @@ class Predictions:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} holds no predictions for ARC: {error}.") from error
         count = len(found.examples)
-        if found.tokens.shape != (count, arc.SIDE**2) or found.halting.shape != (count,):
+        side = math.isqrt(found.tokens.shape[-1]) if found.tokens.ndim else 0
+        if found.tokens.shape != (count, side**2) or found.halting.shape != (count,):
             raise DataError(
-                f"{path}: for {count} examples there should be tokens [{count}, {arc.SIDE**2}] and "
-                f"halting [{count}], not {found.tokens.shape} and {found.halting.shape}."
+                f"{path}: for {count} examples there should be tokens [{count}, {arc.SIDE**2}], or "
+                f"of another square, and halting [{count}], not {found.tokens.shape} and "
+                f"{found.halting.shape}."
             )
         return found
 

@@ -27,6 +27,7 @@ from thimble.errors import ConfigError, DataError
 from thimble.evaluation.perplexity import evaluate_model, held_out
 from thimble.generation.model import Model, load
 from thimble.models import interop
+from thimble.models.causal_lm import CausalLM
 from thimble.quantization import gptq, packed, summary
 from thimble.tokens.shards import TokenSplit, check_tokenizer
 from thimble.training import checkpoint
@@ -113,6 +114,7 @@ def quantize(
     manifest = artifacts.read_manifest(directory, checkpoint.KIND, make=checkpoint.MAKE)
     if damage := artifacts.damaged_files(directory, manifest, hashes=True):
         raise DataError(f"{directory} is damaged: {'; '.join(damage)}. Quantize another one.")
+    interop.refuse_recursive(directory, "GPTQ's calibration")
     rungs = _ladder(bits, calibration_samples)
     _free(output, directory, rungs[0][0])
     gptq.kernel()
@@ -122,6 +124,7 @@ def quantize(
     calibration = held_out(directory, manifest, config, "val")
     windows = _windows(calibration, length, rungs[-1][2], config.seed)
     model = load(directory, device)
+    assert isinstance(model.network, CausalLM)
     check_tokenizer(test.manifest, model.tokenizer, directory)
     group = packed.group_size(model.config)
     notes = []

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thimble.config.schema import ModelConfig
+from thimble.config.model import ModelConfig
 from thimble.errors import DataError
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, MODEL, OTHER, BAD, MENDED = "#3d4451", "#1f6feb", "#8b949e", "#cf222e", "#9a6700"
 SIZE = (6.4, 2.9)  # inches; two beside each other on a wide screen
@@ -47,23 +48,56 @@ def finish(name: str, title: str, figure: Figure) -> Chart:
     return Chart(name, title, picture[picture.index("<svg") :], png.getvalue())
 
 
+# Name, title, the keys of the records with their labels, and what they are multiplied by.
+Curve = tuple[str, str, list[tuple[str, str]], float]
+
+LOSS: list[Curve] = [
+    ("loss", "Loss (nats per token)", [("loss", "training"), ("val_loss", "held out")], 1.0),
+]
+EVERY_RUN: list[Curve] = [
+    ("perplexity", "Held-out perplexity", [("val_perplexity", "")], 1.0),
+    ("bits_per_byte", "Held-out bits per byte", [("val_bits_per_byte", "")], 1.0),
+    ("learning_rate", "Learning rate", [("learning_rate", "")], 1.0),
+    ("grad_norm", "Gradient norm before clipping", [("grad_norm", "")], 1.0),
+    ("throughput", "Tokens per second", [("tokens_per_second", "")], 1.0),
+    ("memory", "Peak memory (GiB)", [("memory_bytes", "")], 2**-30),
+]
+SHARES = ("accuracy", "exact_accuracy", "q_halt_accuracy")
+
+
+def recursive_curves(per_sequence: bool) -> list[Curve]:
+    """What a recursive run records, by the documents' names: of training as the examples come
+    (the loss at all supervision steps, the rest where they halt), held out after the last step."""
+    loss = "val_lm_loss" if per_sequence else "val_loss"
+
+    def both(key: str, held_out: str) -> list[tuple[str, str]]:
+        return [(key, "training"), (held_out, "held out")]
+
+    return [
+        ("lm_loss", "lm_loss (nats per token)", both("lm_loss", loss), 1.0),
+        ("accuracy", "accuracy", both("accuracy", "val_accuracy"), 1.0),
+        ("exact_accuracy", "exact_accuracy", both("exact_accuracy", "val_exact_accuracy"), 1.0),
+        (
+            "q_halt_accuracy",
+            "q_halt_accuracy: the halting head is right",
+            both("q_halt_accuracy", "val_q_halt_accuracy"),
+            1.0,
+        ),
+        ("steps", "steps until it halts", both("steps", "val_halting_steps"), 1.0),
+        ("loss", "Loss with the halting's (nats)", [("loss", "")], 1.0),
+    ]
+
+
 def curve_charts(
     training: Sequence[dict[str, Any]],
     evaluations: Sequence[dict[str, Any]],
     events: Sequence[dict[str, Any]],
     rungs: dict[str, float],
+    first: Sequence[Curve] = LOSS,
 ) -> Iterator[Chart]:
-    """Everything a run records over its steps, with guards and resumptions marked."""
-    wanted = [
-        ("loss", "Loss (nats per token)", [("loss", "training"), ("val_loss", "held out")], 1.0),
-        ("perplexity", "Held-out perplexity", [("val_perplexity", "")], 1.0),
-        ("bits_per_byte", "Held-out bits per byte", [("val_bits_per_byte", "")], 1.0),
-        ("learning_rate", "Learning rate", [("learning_rate", "")], 1.0),
-        ("grad_norm", "Gradient norm before clipping", [("grad_norm", "")], 1.0),
-        ("throughput", "Tokens per second", [("tokens_per_second", "")], 1.0),
-        ("memory", "Peak memory (GiB)", [("memory_bytes", "")], 2**-30),
-    ]
-    for name, title, series, scale in wanted:
+    """What a run records over its steps, ``first`` and of every run, with guards and resumptions
+    marked."""
+    for name, title, series, scale in [*first, *EVERY_RUN]:
         figure, axes = _axes()
         drawn = 0
         for key, label in series:
@@ -82,8 +116,10 @@ def curve_charts(
             continue
         if name in ("perplexity", "grad_norm"):
             axes.set_yscale("log")
-        if name in ("throughput", "memory"):
+        if name in ("throughput", "memory", "steps"):
             axes.set_ylim(bottom=0)
+        if name in SHARES:
+            axes.set_ylim(0, 1.02)
         if name == "bits_per_byte":
             _rungs(axes, rungs)
         _events(axes, events)
@@ -103,6 +139,55 @@ def ladder_chart(rungs: dict[str, float], model: str, bits: float) -> Chart:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("bits per byte, less is better")
     return finish("ladder", "Against the baselines", figure)
+
+
+def step_charts(by_step: Sequence[dict[str, Any]], split: str) -> Iterator[Chart]:
+    """The figures of a recursive model after each of its supervision steps."""
+    accuracies = [("accuracy", "accuracy", OTHER), ("exact_accuracy", "exact", MODEL)]
+    wanted = [
+        ("nll_by_step", "nats per token", [("nll", "", MODEL)]),
+        ("accuracy_by_step", "accuracy", accuracies),
+    ]
+    steps = [row["step"] for row in by_step]
+    for name, title, series in wanted:
+        figure, axes = _axes()
+        for key, label, colour in series:
+            axes.plot(steps, [row[key] for row in by_step], "o-", color=colour, label=label)
+        if len(series) > 1:
+            axes.set_ylim(0, 1.02)
+            axes.legend(frameon=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("supervision step")
+        yield finish(name, f"By supervision step, {split} split: {title}", figure)
+
+
+def halting_chart(histogram: Sequence[int], split: str) -> Chart:
+    """After which supervision step the halting head would stop how many examples."""
+    figure, axes = _axes()
+    bars = axes.bar(range(1, len(histogram) + 1), histogram, color=MODEL)
+    axes.bar_label(bars, color=INK, fontsize=7)
+    axes.grid(axis="x", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("supervision step")
+    return finish("halting", f"Examples that would halt there, {split} split", figure)
+
+
+def comparison_chart(
+    curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], *, exact: bool
+) -> Chart:
+    """Recursive and plain models over the computation their training took.
+
+    ``curves``: of each its name and pairs of FLOPs and a held-out figure, the share of exact
+    answers or nats a token.
+    """
+    figure, axes = _axes()
+    for (name, points), colour in zip(curves, (MODEL, MENDED, OTHER), strict=False):
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, "o-", color=colour, markersize=3, linewidth=1.3, label=name)
+    axes.legend(frameon=False)
+    axes.set_xlabel("training FLOPs")
+    title = "Held-out exact answers" if exact else "Held-out nats per token"
+    return finish("comparison", f"{title} against computation", figure)
 
 
 def _axes() -> tuple[Figure, Any]:

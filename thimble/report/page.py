@@ -13,7 +13,7 @@ from thimble.config.load import load_run
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, ThimbleError
-from thimble.report.charts import Chart, curve_charts, ladder_chart
+from thimble.report.charts import LOSS, Chart, curve_charts, ladder_chart, recursive_curves
 from thimble.tokens.shards import corpus_of
 from thimble.training.run import RunFolder
 
@@ -49,11 +49,21 @@ def report(path: str | Path) -> Report:
     evaluations = [record for record in records if "val_loss" in record]
     events = [record for record in records if "event" in record]
     missing: list[str] = []
-    acceptance = _read(run.path / "acceptance.json", f"thimble accept {run.path}", missing)
+    recursive = config.objective.name == "act"
+    # The gate is for text alone.
+    judge = None if recursive else f"thimble accept {run.path}"
+    acceptance = _read(run.path / "acceptance.json", judge, missing)
     evaluation = _evaluation(run, missing)
     attempts = _read(run.path / "attempts.json", None, missing) or []
     rungs = {rung["name"]: rung["bits_per_byte"] for rung in (acceptance or {}).get("ladder", [])}
-    charts = list(curve_charts(training, evaluations, events, rungs))
+    first = recursive_curves(config.objective.per_sequence) if recursive else LOSS
+    charts = list(curve_charts(training, evaluations, events, rungs, first))
+    section = None
+    if recursive:
+        from thimble.report.recursion import gather
+
+        section = gather(run, config, evaluations, evaluation, missing)
+        charts = [*section.charts, *charts]
     if rungs and (acceptance or {}).get("evaluation"):
         bits = acceptance["evaluation"]["bits_per_byte"]
         charts.insert(0, ladder_chart(rungs, config.recipe, bits))
@@ -66,6 +76,9 @@ def report(path: str | Path) -> Report:
         "time in training": f"{training[-1]['seconds'] / 60:.1f} minutes",
         "best checkpoint": str(run.pointed("best") or "none yet"),
     }
+    if section and not run.pointed("best"):  # puzzles are held out once only, so none is chosen
+        del facts["best checkpoint"]
+        facts["last checkpoint"] = str(run.pointed("latest") or "none yet")
     html = _template().render(
         title=f"{config.recipe}: {run.path.name}",
         version=__version__,
@@ -76,7 +89,8 @@ def report(path: str | Path) -> Report:
         charts=charts,
         samples=_samples(run),
         settings=_settings(config),
-        data=_data(config, missing),
+        recursion=section.context if section else None,
+        data=None if section else _data(config, missing),
         zipf=_zipf(config),
         missing=missing,
     )
@@ -165,13 +179,13 @@ def _data(config: Config, missing: list[str]) -> dict[str, Any]:
     """Counts of the tokens and, where it is still there, of the corpus behind them."""
     found: dict[str, Any] = {"path": config.data.path, "splits": {}, "cleaning": [], "mixture": {}}
     try:
-        tokens = artifacts.read_manifest(config.data.path, "tokens", make="thimble tokens build")
+        tokens = artifacts.read_manifest(config.data.folder, "tokens", make="thimble tokens build")
     except ThimbleError as error:
         missing.append(f"tokens: {str(error).splitlines()[0]}")
         return found
     found["splits"] = tokens["counts"]
     found["vocabulary"] = tokens["vocab_size"]
-    folder = corpus_of(config.data.path, tokens)
+    folder = corpus_of(config.data.folder, tokens)
     if folder:
         corpus = artifacts.read_json(folder / artifacts.MANIFEST)
         found["corpus"] = str(folder)
@@ -184,7 +198,7 @@ def _data(config: Config, missing: list[str]) -> dict[str, Any]:
 
 
 def _zipf(config: Config) -> str | None:
-    path = Path(config.data.path) / "zipf.png"
+    path = Path(config.data.folder) / "zipf.png"
     return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
 
 

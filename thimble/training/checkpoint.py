@@ -24,6 +24,7 @@ from thimble.console import log
 from thimble.errors import DataError
 from thimble.models import interop
 from thimble.models.causal_lm import CausalLM
+from thimble.models.recursive import RecursiveLM
 from thimble.training import sharding
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class TrainerState:
     """What a checkpoint knows beside tensors; all of it goes into ``trainer_state.json``."""
 
     step: int = 0  # updates done
-    windows: int = 0  # training windows seen: the place in the data
+    windows: int = 0  # windows or other examples given out: the place in the data
     tokens: int = 0
     seconds: float = 0.0  # spent training, over all sessions
     best_step: int | None = None
@@ -54,25 +55,38 @@ class TrainerState:
 
 def save(
     directory: Path,
-    model: CausalLM,
+    model: CausalLM | RecursiveLM,
     optimizer: dict[str, Any],
     scaler: torch.amp.GradScaler,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     state: TrainerState,
     config: Config,
     cursor: dict[str, Any],
+    *,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    documents: dict[str, Any],
 ) -> None:
     """Write a complete checkpoint under ``directory``; on any failure nothing has that name.
 
     ``model`` and ``optimizer``, a state dict, are whole, also where training has them in shards.
+    ``tensors``: what else it takes to go on, as ``<name>.safetensors`` (``tensors`` reads them);
+    ``documents``: JSON files by their names.
     Raises EnvironmentProblem when the disk is full.
     """
+    from safetensors.torch import save_file
+
     with artifacts.atomic_directory(directory) as temporary:
         save_model(temporary, model, tokenizer)
         torch.save(optimizer, temporary / "optimizer.pt")
         scheduler = {"last_step": state.step, "max_steps": config.training.max_steps}
         torch.save(scheduler | {"scaler": scaler.state_dict()}, temporary / "scheduler.pt")
         torch.save(random_state(), temporary / "rng.pt")
+        for name, content in tensors.items():
+            if content:
+                whole = {key: value.detach().cpu().contiguous() for key, value in content.items()}
+                save_file(whole, temporary / f"{name}.safetensors")
+        for name, document in documents.items():
+            artifacts.write_json(temporary / name, document)
         artifacts.write_json(temporary / "trainer_state.json", vars(state))
         artifacts.write_json(temporary / "data_cursor.json", cursor)
         configuration.save(config, temporary / configuration.CONFIG_FILE)
@@ -86,13 +100,21 @@ def save(
         )
 
 
-def save_model(directory: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
-    """The part transformers reads: configuration, weights and tokenizer."""
+def save_model(directory: Path, model: CausalLM | RecursiveLM, tokenizer: Tokenizer | None) -> None:
+    """The part transformers reads: configuration, weights and, where it has to do with text,
+    tokenizer."""
     from safetensors.torch import save_file
 
-    special = {"bos": tokenizer.eot_id, "eos": tokenizer.eot_id, "pad": tokenizer.pad_id}
+    tensors = interop.to_native_tensors(model)
+    cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(cpu, directory / interop.WEIGHTS, metadata={"format": "pt"})
+    special: dict[str, int | None] = dict.fromkeys(("bos", "eos", "pad"))
+    if tokenizer is not None:
+        special = {"bos": tokenizer.eot_id, "eos": tokenizer.eot_id, "pad": tokenizer.pad_id}
     native = interop.to_native_config(model.config, special)
     artifacts.write_json(directory / "config.json", native)
+    if tokenizer is None:
+        return
     generation = {
         "bos_token_id": tokenizer.eot_id,
         "eos_token_id": tokenizer.eot_id,
@@ -102,9 +124,6 @@ def save_model(directory: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
         "top_k": 50,
     }
     artifacts.write_json(directory / "generation_config.json", generation)
-    tensors = interop.to_native_tensors(model)
-    cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(cpu, directory / interop.WEIGHTS, metadata={"format": "pt"})
     tokenizer.save(directory)
 
 
@@ -138,9 +157,17 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def tensors(directory: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors that ``save`` kept under this name; none where there were none."""
+    from safetensors.torch import load_file
+
+    path = directory / f"{name}.safetensors"
+    return load_file(path) if path.is_file() else {}
+
+
 def restore(
     directory: Path,
-    model: CausalLM,
+    model: CausalLM | RecursiveLM,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> tuple[TrainerState, dict[str, Any]]:
@@ -154,7 +181,7 @@ def restore(
             f"{directory} holds another model than the one configured; resume with the model keys "
             "it was trained with."
         )
-    full = CausalLM(model.config) if sharding.is_sharded(model) else model
+    full = interop.new_model(model.config) if sharding.is_sharded(model) else model
     interop.load_native_tensors(full, interop.read_tensors(directory), directory)
     if full is not model:
         sharding.scatter_weights(full, model)

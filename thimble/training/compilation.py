@@ -8,6 +8,7 @@ import torch
 
 from thimble.config.schema import Config
 from thimble.models.causal_lm import CausalLM
+from thimble.models.recursive import RecursiveLM
 
 # On two CPU cores compiling the two layers of slm_nano took 16 seconds and made steps 1.2 times as
 # fast, so a run must be long enough to earn that back many times over. A CPU does about 2e11 FLOP a
@@ -15,7 +16,9 @@ from thimble.models.causal_lm import CausalLM
 WORTH_SECONDS, CPU_FLOPS = 1200.0, 2e11
 
 
-def should_compile(config: Config, model: CausalLM, max_steps: int, device: torch.device) -> bool:
+def should_compile(
+    config: Config, model: CausalLM | RecursiveLM, max_steps: int, device: torch.device
+) -> bool:
     """``auto``: on CUDA; on a CPU for long runs where a C++ compiler is there; never on MPS.
 
     The choice depends on the configuration alone, so that a resumed run makes the same.
@@ -25,7 +28,11 @@ def should_compile(config: Config, model: CausalLM, max_steps: int, device: torc
         return training.compile == "on"
     if device.type == "cuda":
         return True
-    if device.type != "cpu" or not (shutil.which("g++") or shutil.which("clang++")):
+    if (
+        device.type != "cpu"
+        or isinstance(model, RecursiveLM)
+        or not (shutil.which("g++") or shutil.which("clang++"))
+    ):
         return False
     batch = training.micro_batch_size * training.gradient_accumulation_steps
     tokens = max_steps * batch * training.sequence_length

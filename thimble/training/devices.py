@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import torch
 
 from thimble.errors import EnvironmentProblem
@@ -38,6 +39,14 @@ def resolve_device(name: str) -> torch.device:
             "Use device=auto, or install a torch build for your GPU."
         )
     return torch.device(wanted)
+
+
+def send(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
+    """Arrays as tensors on the device; a GPU is not waited for."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

@@ -20,12 +20,16 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from thimble.errors import ConfigError, EnvironmentProblem, GuardStop, Interrupted, ThimbleError
 from thimble.training.signals import handling, ignore_sigterm, leave_at_once
+from thimble.training.sparse_sign import sparse_weights
 
 # How long the address of the rendezvous may stay without an answer.
 RENDEZVOUS = timedelta(seconds=60)
@@ -102,6 +106,34 @@ class Processes:
         box = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return tuple(bool(flag) for flag in box.tolist())
+
+    def add_on_host(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over processes of a tensor in main memory. Waits for the host, not for the device."""
+        if self.count > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def most(self, value: int) -> int:
+        """The largest of the processes' values."""
+        if self.count > 1:
+            box = torch.tensor([value])
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+            return int(box)
+        return value
+
+    def everywhere(self, flags: torch.Tensor) -> np.ndarray:
+        """Flags in main memory, of all processes one after the other: bool [count x flags]."""
+        if self.count == 1:
+            return flags.numpy().copy()
+        return self.joined(flags.to(torch.uint8), group=self.control).numpy().astype(bool)
+
+    def joined(self, tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
+        """The tensors of all processes, of one shape, one after the other along the first axis."""
+        if self.count == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts)
 
     def share(self, text: str) -> str:
         """The main process's text, on every process."""
@@ -283,6 +315,19 @@ class Processes:
                 if self.speaks(found):
                     print(f"error: {found}", file=sys.stderr, flush=True)
                 os._exit(found.status)
+
+
+def data_parallel(objective: nn.Module) -> nn.Module:
+    """The objective with its gradients averaged over processes; sparse ones, which NCCL cannot add
+    up, are left to ``SparseSignSGD``."""
+    sparse = sparse_weights(objective)
+    trained = (p for name, p in objective.named_parameters() if name not in sparse)
+    if not any(parameter.requires_grad for parameter in trained):
+        return objective
+    # Buffers are the same everywhere from the start, and nothing changes them.
+    left_out = [*sparse, *(name for name, _ in objective.named_buffers())]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, left_out)
+    return DistributedDataParallel(objective)
 
 
 def rendezvous(rank: int, count: int) -> Any:

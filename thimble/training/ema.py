@@ -27,6 +27,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        if not self.weights:  # all of them are frozen
+            return
         averages = [sharding.local(average) for average in self.averages.values()]
         weights = [sharding.local(weight) for weight in self.weights.values()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
@@ -46,6 +48,21 @@ class EMA:
             kept = weight.detach().clone()
             weight.copy_(self.averages[name])
             self.averages[name].copy_(kept)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that are trained, by name."""
+        return {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def resume(self, trained: dict[str, Tensor]) -> None:
+        """The model holds the averages; take them over, and put ``trained`` weights in their place.
+
+        Where there are none the averages begin with the model's weights.
+        """
+        for name, weight in self.weights.items():
+            self.averages[name].copy_(weight)
+            if trained:
+                weight.copy_(trained[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by the names of their parameters."""

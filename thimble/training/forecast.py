@@ -48,6 +48,51 @@ class Forecast:
         render(self, console)
 
 
+@dataclass(frozen=True)
+class Stages:
+    """Runs one after the other, each beginning with the weights of the one before."""
+
+    stages: list[Forecast]
+
+    @property
+    def sum(self) -> dict[str, Any]:
+        """``examples`` and ``tokens``; ``here`` and for each of ``gpus`` hours (and dollars), from
+        every example halting at once to none of them doing so. None where it is not known."""
+
+        def added(ranges: list[list[float] | None]) -> list[float] | None:
+            known = [each for each in ranges if each is not None]
+            return [sum(ends) for ends in zip(*known, strict=True)] if known == ranges else None
+
+        first = self.stages[0]
+        return {
+            "examples": sum(stage.plan.examples for stage in self.stages),
+            "tokens": sum(stage.plan.tokens for stage in self.stages),
+            "here": added([hours_here(stage) for stage in self.stages]),
+            "gpus": [
+                {
+                    "gpu": gpu["gpu"],
+                    "hours": added([stage.gpus[index]["hours"] for stage in self.stages]),
+                    "dollars": added([stage.gpus[index]["dollars"] for stage in self.stages]),
+                }
+                for index, gpu in enumerate(first.gpus)
+            ],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"stages": [stage.to_dict() for stage in self.stages], "sum": self.sum}
+
+    def render(self, console: Console) -> None:
+        from thimble.training.forecast_tables import render_stages
+
+        render_stages(self, console)
+
+
+def hours_here(found: Forecast) -> list[float] | None:
+    """Of this machine, as of ``gpus``; None when no real step was taken."""
+    here = found.here
+    return [here["hours_halting_at_once"], here["hours"]] if "hours" in here else None
+
+
 def forecast(config: Config, *, measure: bool = True) -> Forecast:
     """The plan of a run with its memory, time and cost; ``measure``: also take real steps here.
 
@@ -123,6 +168,7 @@ def _settle(
     measured |= {
         "tokens_per_second": pace,
         "hours": outline.tokens / pace / 3600,
+        "hours_halting_at_once": outline.halting_at_once * outline.tokens / pace / 3600,
         "measured_with": last["micro_batch_size"],
     }
     if last["micro_batch_size"] == micro:
@@ -217,13 +263,13 @@ def _on(
     slow, fast = (
         outline.flops / (gpu["tflops"] * 1e12 * use[end]) / 3600 for end in ("low", "high")
     )
-    price = gpu["price"]
+    price, least = gpu["price"], outline.halting_at_once
     return {
         "gpu": name,
         "memory_gib": gpu["memory_gib"],
         **fit,
-        "hours": [fast, slow],
-        "dollars": [fast * price["low"], slow * price["high"]],
+        "hours": [fast * least, slow],
+        "dollars": [fast * least * price["low"], slow * price["high"]],
     }
 
 

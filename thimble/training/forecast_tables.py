@@ -10,13 +10,14 @@ from rich.text import Text
 
 from thimble.config.describe import as_override
 from thimble.console import log
+from thimble.training.forecast import hours_here
 
 LAUNCH_BOUND = 0.005  # seconds; some hundred kernels of a step take about that to be launched
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from thimble.training.forecast import Forecast
+    from thimble.training.forecast import Forecast, Stages
 
 
 def render(result: Forecast, console: Console) -> None:
@@ -27,7 +28,7 @@ def render(result: Forecast, console: Console) -> None:
             [
                 ["parameters", f"{plan.parameters:,}"],
                 ["steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens"],
-                ["tokens", f"{plan.tokens:,}; the corpus has {plan.tokens_available:,}"],
+                ["tokens", f"{plan.tokens:,}; the data have {plan.tokens_available:,}"],
                 ["epochs", f"{plan.epochs:.2f}"],
                 ["tokens per parameter", f"{plan.tokens_per_parameter:.1f}"],
                 ["FLOPs", f"{plan.flops:.3g}; {plan.flops_per_token:.3g} per token"],
@@ -45,7 +46,7 @@ def render(result: Forecast, console: Console) -> None:
             here["device"],
             _bytes(here["memory_available"]),
             _fit(here),
-            _time(here["hours"]) if "hours" in here else "not measured",
+            _hours(hours_here(result)),
             f"measured: {here['tokens_per_second']:,.0f} tokens/s" if "hours" in here else "",
         ]
     ]
@@ -54,22 +55,13 @@ def render(result: Forecast, console: Console) -> None:
             gpu["gpu"],
             f"{gpu['memory_gib']} GiB",
             _fit(gpu),
-            _range(*map(_time, gpu["hours"])) if gpu["fits"] else "",
+            _hours(gpu["hours"]) if gpu["fits"] else "",
             _range(*map(_dollars, gpu["dollars"])) if gpu["fits"] else "",
         ]
         for gpu in result.gpus
     ]
     console.print(_table(["machine", "memory", "micro-batch x passes", "time", "cost"], places))
-    words = (
-        "The times of GPUs are a range over the published utilizations of small models, not "
-        f"measured; prices of {result.prices_of}."
-    )
-    if any(3600 * gpu["hours"][0] / plan.steps < LAUNCH_BOUND for gpu in result.gpus):
-        words += (
-            " Steps that short are bound by launching kernels, not by computing: a model this "
-            "narrow takes longer there."
-        )
-    console.print(Text(words, "dim"))
+    _notes([result], console)
     if result.proposal:
         words = " ".join(f"{key}={as_override(value)}" for key, value in result.proposal.items())
         console.print(Text(f"What fits here: {words}", "bold"))
@@ -77,11 +69,65 @@ def render(result: Forecast, console: Console) -> None:
         log.warning("%s", warning)
 
 
+def render_stages(result: Stages, console: Console) -> None:
+    """The table of run times of several stages and of all of them."""
+    first, total = result.stages[0], result.sum
+    names = [gpu["gpu"] for gpu in first.gpus]
+    rows, before = [], ""
+    for stage in result.stages:
+        plan = stage.plan
+        begins = f"the weights of {before}" if before else "random weights"
+        before = plan.recipe
+        times = [gpu["hours"] if gpu["fits"] else None for gpu in stage.gpus]
+        epochs = f"{plan.examples:,} x {plan.epochs:.2g}"
+        here = _hours(hours_here(stage))
+        rows.append([plan.recipe, epochs, begins, here, *(map(_hours, times))])
+    sums = [
+        _hours(gpu["hours"]) if all(s.gpus[index]["fits"] for s in result.stages) else "-"
+        for index, gpu in enumerate(total["gpus"])
+    ]
+    rows.append(["all", f"{total['examples']:,}", "", _hours(total["here"]), *sums])
+    columns = ["stage", "examples x epochs", "begins with", f"here, {first.here['device']}"]
+    console.print(_table([*columns, *(f"one {name}" for name in names)], rows))
+    dollars = [f"{gpu['gpu']} {_range(*map(_dollars, gpu['dollars']))}" for gpu in total["gpus"]]
+    console.print(Text(f"Cost of all: {', '.join(dollars)}.", "dim"))
+    _notes(result.stages, console)
+    for warning in dict.fromkeys(line for stage in result.stages for line in stage.warnings):
+        log.warning("%s", warning)
+
+
+def _notes(results: list[Forecast], console: Console) -> None:
+    words = (
+        "The times of GPUs are a range over the published utilizations of small models, not "
+        f"measured; prices of {results[0].prices_of}."
+    )
+    halting = min(result.plan.halting_at_once for result in results)
+    if halting < 1:
+        words += (
+            f" The shorter times are those of every example halting at once, {halting:.3g} of the "
+            "longer ones'."
+        )
+    if any(
+        3600 * gpu["hours"][1] / result.plan.steps < LAUNCH_BOUND
+        for result in results
+        for gpu in result.gpus
+    ):
+        words += (
+            " Steps that short are bound by launching kernels, not by computing: a model this "
+            "narrow takes longer there."
+        )
+    console.print(Text(words, "dim"))
+
+
 def _fit(place: dict[str, Any]) -> str:
     if not place["fits"]:
         return "does not fit"
     words = f"{place['micro_batch_size']} x {place['gradient_accumulation_steps']}"
     return words + (", activations again" if place["checkpoint_activations"] else "")
+
+
+def _hours(times: list[float] | None) -> str:
+    return "not measured" if times is None else _range(*map(_time, times))
 
 
 def _time(hours: float) -> str:

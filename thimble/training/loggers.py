@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,12 @@ class Loggers:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder))
-        for name, wanted in (("wandb", config.logging.wandb), ("trackio", config.logging.trackio)):
+        options = config.logging
+        wandb = options.wandb
+        if wandb is None and importlib.util.find_spec("wandb"):
+            os.environ.setdefault("WANDB_MODE", "offline")
+            wandb = True
+        for name, wanted in (("wandb", wandb), ("trackio", options.trackio)):
             if wanted:
                 self.services.append(_start(name, config, folder))
 

@@ -8,8 +8,6 @@ Nothing in a step waits for the device; values reach the host at logging steps.
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import math
 import random
 import time
@@ -25,23 +23,20 @@ from thimble import artifacts
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, GuardStop, Interrupted
-from thimble.evaluation.perplexity import evaluate_split
-from thimble.generation.sampling import generate_ids
-from thimble.models.causal_lm import CausalLM
-from thimble.objectives.linear_cross_entropy import token_losses
-from thimble.objectives.next_token import NextToken
-from thimble.tokens.loader import Windows
-from thimble.tokens.shards import TokenSplit
-from thimble.tokens.tokenizer import load_tokenizer
+from thimble.models import interop
 from thimble.training import checkpoint, devices, guards, sharding
-from thimble.training.compilation import should_compile
-from thimble.training.distributed import Processes, ProcessFailed
+from thimble.training.data import open_data
+from thimble.training.distributed import Processes, ProcessFailed, data_parallel
+from thimble.training.ema import EMA
 from thimble.training.loggers import Loggers
-from thimble.training.optimizer import learning_rate, make_optimizer
+from thimble.training.optimizer import freeze, make_optimizer, make_sparse_optimizer, schedule
 from thimble.training.panel import Panel
-from thimble.training.plan import total_steps, training_tokens
 from thimble.training.run import Run, RunFolder
 from thimble.training.signals import StopRequest
+from thimble.training.task import make_task
+
+PUZZLES = "puzzle_embedding.weight"
+REMEMBERED = 1000  # steps
 
 
 def train(config: Config, resume: str | Path | None = None) -> Run:
@@ -55,7 +50,7 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     processes = Processes()
     device = devices.resolve_device(config.device)
     with processes.connected(device):
-        data = training_tokens(config)  # bad data is refused before a folder is made
+        data = open_data(config)  # bad data is refused before a folder is made
         trainer = Trainer(config, data, device, processes)
         if resume is None:
             path = str(RunFolder.create(config).path) if processes.main else ""
@@ -89,84 +84,105 @@ def last_words(folder: RunFolder, trainer: Trainer, error: BaseException) -> Non
 
 
 class Trainer:
-    """Model, data, optimizer and the state of one run."""
+    """Model, task, optimizer and the state of one run."""
 
     def __init__(
-        self, config: Config, data: TokenSplit, device: torch.device, processes: Processes
+        self, config: Config, data: Any, device: torch.device, processes: Processes
     ) -> None:
-        self.config, self.data, self.device, self.processes = config, data, device, processes
-        self.windows = Windows(data.tokens, config.training.sequence_length, config.seed)
-        self.batch_size = (
-            config.training.micro_batch_size * config.training.gradient_accumulation_steps
-        )
-        self.rows = processes.rows(self.batch_size)
-        self.max_steps = total_steps(config, self.windows.count)
-        self.tokenizer = load_tokenizer(config.data.path)
-        self.fingerprint: str = data.manifest["fingerprint"]
+        self.config, self.device, self.processes = config, device, processes
         torch.use_deterministic_algorithms(config.training.deterministic)
-
         generator = torch.Generator().manual_seed(config.seed)
-        self.model = CausalLM(config.model).initialize(generator)
+        self.model = interop.new_model(config.model).initialize(generator)
         self.model.compute_dtype = devices.resolve_precision(config.precision, device)
         self.model.checkpoint_activations = config.training.checkpoint_activations
+        if config.training.load_checkpoint is not None:
+            self.begin_with(config.training.load_checkpoint)
+        if config.optim.freeze_weights:
+            freeze(self.model)
         # Nothing here draws from the global generators; seeded, a library below that does repeats.
         torch.manual_seed(config.seed)
         np.random.seed(config.seed % 2**32)
         random.seed(config.seed)
-        compiled = should_compile(config, self.model, self.max_steps, device)
         self.sharded = processes.count > 1 and config.training.data_parallel == "fsdp"
-        objective = NextToken(self.model, compiled=compiled and not self.sharded)
-        self.objective: torch.nn.Module = objective
-        if self.sharded:
-            sharding.shard(objective, device, processes.count, compiled=compiled)
-        else:
+        if not self.sharded:
             self.model.to(device)
-            if processes.count > 1:
-                self.objective = DistributedDataParallel(objective)
+        self.task = make_task(config, data, self.model, device, processes, sharded=self.sharded)
+        self.objective: torch.nn.Module = self.task.objective
+        if self.sharded:
+            sharding.shard(self.objective, device, processes.count, compiled=self.task.compiled)
+        elif processes.count > 1:
+            self.objective = data_parallel(self.objective)
         self.optimizer = make_optimizer(self.model, config.optim)
+        self.sparse = make_sparse_optimizer(self.model, config.optim, processes)
+        updated = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        # Embeddings of puzzles are neither clipped nor averaged: few of them are in a batch.
+        named = [(n, p) for n, p in self.model.named_parameters() if id(p) in updated]
+        self.parameters: list[torch.nn.Parameter] = [parameter for _, parameter in named]
+        rate = config.optim.ema_rate
+        self.ema = EMA(named, rate) if rate is not None else None
         half = self.model.compute_dtype is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
-        self.parameters = list(self.model.parameters())
         self.guard = guards.StepGuard(device, config.guards.max_grad_norm)
         self.state = checkpoint.TrainerState()
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.stop_request = StopRequest(several=processes.count > 1)
+        self.places: dict[int, int] = {}  # in the data, before each of the last steps
+
+    def begin_with(self, path: str) -> None:
+        """Take the weights of another run's checkpoint; its optimizer and place stay behind."""
+        directory, wanted = checkpoint.resolve(path), self.model.config
+        found = interop.read_config(directory)
+        before, puzzles = found.puzzle_identifiers, wanted.puzzle_identifiers
+        other_puzzles = before != puzzles and before > 0 and puzzles > 0
+        if other_puzzles:
+            found = found.model_copy(update={"puzzle_identifiers": puzzles})
+        if found != wanted:
+            raise DataError(
+                f"{directory} holds another model than the one configured, so it cannot begin with "
+                "its weights. Use the model keys it was trained with; `thimble inspect` shows them."
+            )
+        tensors = interop.read_tensors(directory)
+        if other_puzzles:
+            # An identifier says nothing among other puzzles, so none keeps its vector (as in TRM).
+            mean = tensors[PUZZLES].mean(0, keepdim=True)
+            tensors[PUZZLES] = mean.repeat(puzzles, 1)
+        interop.load_native_tensors(self.model, tensors, directory)
+        log.info("beginning with the weights of %s", directory)
+        if other_puzzles:
+            log.info(
+                "it had learned %s puzzles, these are %s: each begins as the mean of the old ones",
+                f"{before:,}",
+                f"{puzzles:,}",
+            )
 
     # --- the step
 
     def step(self) -> None:
         """One update from one global batch; leaves loss and gradient norm on the device."""
         state, config = self.state, self.config
-        for first, end in sorted(config.training.skip_windows):
-            if first < state.windows + self.batch_size and state.windows < end:
-                state.windows = end
-        inputs, targets = self.windows.batch(state.windows, self.batch_size)
-        # The mean over all targets of the step: whatever way it is split, the same gradient.
-        count = int((targets != -100).sum())
-        scale = self.processes.count / max(count, 1)  # DDP and FSDP average over processes
-        inputs_dev, targets_dev = self.to_device(inputs), self.to_device(targets)
-        micro = config.training.micro_batch_size
-        pieces = list(range(0, len(inputs_dev), micro))
+        self.places[state.step] = state.windows
+        self.places.pop(state.step - REMEMBERED, None)
+        pieces = self.task.micro_batches(state)
         loss = torch.zeros((), device=self.device)
-        for start in pieces:
-            last = start == pieces[-1]
+        for number, piece in enumerate(pieces, 1):
+            last = number == len(pieces)
             with contextlib.nullcontext() if last else self.without_sync():
-                piece = self.objective(
-                    inputs_dev[start : start + micro], targets_dev[start : start + micro]
-                )
-                self.scaler.scale(piece * scale).backward()
-            loss += piece.detach()
-        loss = self.processes.add(loss) / max(count, 1)
+                part = self.task.loss(self.objective, piece)
+                # DDP and FSDP average over processes.
+                self.scaler.scale(part * self.processes.count).backward()
+            loss += part.detach()
+        loss = self.processes.add(loss)
+        self.task.settle()
 
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.grad_clip)
-        self.norm = sharding.whole(norm)
+        self.norm = sharding.whole(norm).to(self.device)  # without gradients it is on the host
         half = self.scaler.is_enabled()
         skip = self.guard.observe(state.step, loss, self.norm, half)
+        factor = schedule(config.optim, state.step, self.task.max_steps, self.task.share(state))
         for group in self.optimizer.param_groups:
-            rate = learning_rate(config.optim, state.step, self.max_steps)
-            group["lr"] = rate * group["lr_ratio"]
+            group["lr"] = config.optim.learning_rate * factor * group["lr_ratio"]
         if half:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -175,17 +191,22 @@ class Trainer:
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.sparse is not None:
+            self.sparse.param_groups[0]["lr"] = config.optim.puzzle_emb_lr * factor
+            # Under a scaler the update of all weights is skipped when one gradient is infinite.
+            overflow = ~torch.isfinite(self.norm)
+            self.sparse.found_inf = torch.maximum(skip, overflow.float())  # type: ignore[attr-defined]
+            self.sparse.step()
+            self.sparse.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update()
         self.loss_sum += loss
         state.step += 1
-        state.windows += self.batch_size
-        state.tokens += count
         state.pending_steps += 1
 
-    def to_device(self, rows: Any) -> torch.Tensor:
-        tensor = torch.from_numpy(rows[self.rows])
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The model with the averaged weights, where there are any."""
+        return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
 
     def without_sync(self) -> contextlib.AbstractContextManager[None]:
         # Shards are reduced after every micro-batch: whole gradients are what there is no room for.
@@ -200,21 +221,21 @@ class Trainer:
         title = f"{self.config.recipe}: {self.model.num_parameters():,} parameters, " + (
             f"{devices.describe(self.device)}, {str(self.model.compute_dtype).split('.')[1]}"
         )
-        baselines = self.baselines() if self.processes.main else {}
+        baselines = self.task.baselines() if self.processes.main else {}
         loggers = Loggers(self.config, folder.path) if self.processes.main else None
-        self.panel = Panel(title, self.max_steps, baselines)
+        self.panel = Panel(title, self.task.expected_steps(state), baselines)
         self.folder, self.loggers = folder, loggers
         shown = self.panel if self.processes.main else contextlib.nullcontext()
         with self.stop_request.listening(), shown:
             if self.processes.main:
                 log.info("%s", title)
                 log.info("run folder: %s", folder.path)
-            if state.step >= self.max_steps:
-                log.info("All %d steps are done; for more: training.max_steps=N", self.max_steps)
+            if self.done:
+                log.info("All %d steps are done; for more: training.max_steps=N", state.step)
             devices.reset_peak_memory(self.device)
             self.started = self.clock = time.perf_counter()
             try:
-                while state.step < self.max_steps:
+                while not self.done:
                     verdict = None
                     try:
                         self.one_round()
@@ -231,13 +252,17 @@ class Trainer:
             folder.append({"event": "finished", "step": state.step})
         return folder.to_run("finished", state.step)
 
+    @property
+    def done(self) -> bool:
+        return self.task.finished(self.state)
+
     def one_round(self) -> None:
         """A step, and what is due after it. The processes meet at its end."""
         training = self.config.training
         self.step()
         if self.processes.count == 1:
             self.check(synchronize=False)
-        step, last = self.state.step, self.state.step == self.max_steps
+        step, last = self.state.step, self.done
         if step % training.log_every == 0 or last:
             self.log_step()
         evaluate = step % training.eval_every == 0 or last
@@ -280,22 +305,25 @@ class Trainer:
         loss_sum, norm = torch.stack([self.loss_sum, self.norm]).tolist()
         loss = loss_sum / state.pending_steps
         self.settle_clock()
+        rate = self.optimizer.param_groups[0]["lr"]
         record = {
             "step": state.step,
             "loss": loss,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": rate,
             "grad_norm": norm,
             "tokens_per_second": self.session_tokens / max(self.session_seconds, 1e-9),
             "memory_bytes": devices.memory_bytes(self.device),
             "tokens": state.tokens,
-            "epoch": state.windows / self.windows.count,
+            "epoch": state.windows / self.task.per_epoch,
             "seconds": state.seconds,
+            **self.task.record(rate),
         }
         self.loss_sum.zero_()
         state.pending_steps = 0
         self.session_tokens, self.session_seconds = 0, 0.0
         self.write(record)
         if self.processes.main:
+            self.panel.total = self.task.expected_steps(state)
             self.panel.trained(record)
         plateau = guards.observe_loss(
             state, loss, training.log_every, self.config.guards.plateau_steps
@@ -316,64 +344,29 @@ class Trainer:
         self.clock, self.counted_tokens = now, self.state.tokens
 
     def evaluate(self) -> bool:
-        """Validation loss, perplexity, bits per byte, samples; True when it is the best so far."""
-        config, state = self.config, self.state
+        """Figures of held-out data and samples; True when it is the best so far."""
+        state = self.state
         self.settle_clock()
-        with sharding.usable(self.objective):
-            result = evaluate_split(
-                functools.partial(self.processes.by_rows, self.token_losses),
-                TokenSplit(config.data.path, "val"),
-                config.training.sequence_length,
-                config.training.micro_batch_size * self.processes.count,
-                config.evaluation.max_tokens,
-                device=self.device,
-            )
-            wanted = self.processes.main or self.sharded  # a sharded model needs all of them
-            samples = [self.sample(prompt) for prompt in config.evaluation.prompts if wanted]
-        record = {
-            "step": state.step,
-            "val_loss": result["loss"],
-            "val_perplexity": result["perplexity"],
-            "val_bits_per_byte": result["bits_per_byte"],
-            "val_tokens": result["tokens"],
-        }
-        if self.processes.main:
+        with self.averaged(), sharding.usable(self.objective):
+            figures = self.task.evaluate()
+            samples = self.task.samples()
+        record = {"step": state.step, **figures}
+        if self.processes.main and samples:
             self.folder.samples.mkdir(exist_ok=True)
             text = "\n\n---\n\n".join(samples) + "\n"
             artifacts.write_text(self.folder.samples / f"step-{state.step:06d}.txt", text)
+        if self.processes.main and figures:
             self.write(record)
             self.panel.evaluated(record, samples[0] if samples else "")
         self.clock = time.perf_counter()
-        perplexity = result["perplexity"]
-        if not math.isfinite(perplexity):
+        loss = figures.get("val_loss", math.nan)
+        if not (self.task.selects and math.isfinite(loss)):
             return False
+        perplexity = figures["val_perplexity"]
         best = state.best_perplexity is None or perplexity < state.best_perplexity
         if best:
             state.best_perplexity, state.best_step = perplexity, state.step
         return best
-
-    def token_losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return token_losses(self.model.hidden(inputs), self.model.head.weight, targets)
-
-    def sample(self, prompt: str) -> str:
-        options, end = self.config.evaluation, self.tokenizer.eot_id
-        ids = generate_ids(
-            self.model,
-            self.tokenizer.encode(prompt) or [end],
-            max_tokens=options.sample_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=1.0,
-            seed=self.config.seed,
-            # All processes of a sharded model must come to the same number of steps.
-            stop=frozenset() if self.sharded else frozenset({end}),
-        )
-        return prompt + self.tokenizer.decode(list(itertools.takewhile(end.__ne__, list(ids))))
-
-    def baselines(self) -> dict[str, float]:
-        from thimble.evaluation.baselines import known_rungs
-
-        return known_rungs(self.config.data.path, "val")
 
     def write(self, record: dict[str, Any]) -> None:
         if self.processes.main:
@@ -393,18 +386,23 @@ class Trainer:
         directory = self.folder.checkpoints / f"step-{state.step:06d}"
         missing = main and (not directory.exists() or bool(checkpoint.problems(directory)))
         if self.processes.any(missing)[0]:
-            model, optimizer = sharding.gather(self.model, self.optimizer, keep=main)
-            if main:
-                checkpoint.save(
-                    directory,
-                    model,
-                    optimizer,
-                    self.scaler,
-                    self.tokenizer,
-                    state,
-                    self.config,
-                    self.cursor(),
-                )
+            between = self.task.tensors()
+            trained = self.ema.trained() if self.ema is not None and main else {}
+            with self.averaged():
+                model, optimizer = sharding.gather(self.model, self.optimizer, keep=main)
+                if main:
+                    checkpoint.save(
+                        directory,
+                        model,
+                        optimizer,
+                        self.scaler,
+                        self.task.tokenizer,
+                        state,
+                        self.config,
+                        self.task.cursor(state),
+                        tensors={"carry": between, "trained": trained},
+                        documents=self.task.documents(),
+                    )
         if main:
             self.folder.point("latest", directory)
             if best:
@@ -412,15 +410,6 @@ class Trainer:
             kept = {f"step-{state.best_step:06d}"} if state.best_step is not None else set()
             checkpoint.prune(self.folder.checkpoints, self.config.training.keep_last, kept)
         self.clock = time.perf_counter()
-
-    def cursor(self) -> dict[str, Any]:
-        return {
-            "tokens": self.fingerprint,
-            "seed": self.config.seed,
-            "sequence_length": self.config.training.sequence_length,
-            "windows_seen": self.state.windows,
-            "windows_per_epoch": self.windows.count,
-        }
 
     def resume(self, folder: RunFolder, given: Path) -> None:
         if not checkpoint.steps(folder.checkpoints):
@@ -439,13 +428,16 @@ class Trainer:
                 f"Resume the run itself, or move the newer ones away:\n  --resume {folder.path}"
             )
         self.state, cursor = checkpoint.restore(directory, self.model, self.optimizer, self.scaler)
-        mine = self.cursor()
+        mine = self.task.cursor(self.state)
         for key in ("tokens", "seed", "sequence_length"):
             if cursor[key] != mine[key]:
                 raise DataError(
                     f"{directory} was trained with {key}={cursor[key]}, now it is {mine[key]}: "
                     "its place in the data would mean nothing. Start a new run instead."
                 )
+        self.task.resume(cursor, checkpoint.tensors(directory, "carry"))
+        if self.ema is not None:
+            self.ema.resume(checkpoint.tensors(directory, "trained"))
         stops = [record for record in folder.records() if record.get("event") == "guard"]
         if stops and stops[-1]["kind"] == "plateau" and stops[-1]["step"] >= self.state.step:
             self.state.lowest_loss = None  # it has been seen; whoever goes on begins to count anew
@@ -459,14 +451,12 @@ class Trainer:
     def stop(self, verdict: guards.Verdict) -> None:
         """End the run; checkpoints and pointers stay as they are."""
         latest = self.folder.pointed("latest")
-        # On a GPU the host may learn of a bad step a few steps later.
-        place = self.state.windows - (self.state.step - verdict.step) * self.batch_size
         event = {
             "event": "guard",
             "kind": verdict.kind,
             "step": verdict.step,
             "reason": verdict.reason,
-            "windows": [place, place + self.batch_size],
+            "windows": self.windows_of(verdict.step),
         }
         if self.processes.main:
             self.folder.append(event)
@@ -475,6 +465,14 @@ class Trainer:
         )
         message = f"Stopped at step {verdict.step:,}: {verdict.reason}. {good} {verdict.advice}"
         raise GuardStop(message, self.folder.path, event)
+
+    def windows_of(self, step: int) -> list[int]:
+        """What this step took from the data, or the last one before it that took anything:
+        [first, end) in their order. On a GPU the host may learn of a bad step a few steps later."""
+        first = end = self.places.get(step + 1, self.state.windows)
+        while first == end and step in self.places:
+            first, step = self.places[step], step - 1
+        return [first, end]
 
     def leave(self) -> None:
         step = self.state.step

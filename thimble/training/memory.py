@@ -8,7 +8,7 @@ autograd keeps and whatever an operation needs beside it is counted as it happen
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,9 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from thimble.config.schema import Config
+from thimble.models import interop
 from thimble.models.causal_lm import CausalLM
+from thimble.models.recursive import RecursiveLM
 from thimble.objectives import linear_cross_entropy
+from thimble.objectives.act import ACT, empty_carry
 from thimble.objectives.next_token import NextToken
+from thimble.training.ema import EMA
 from thimble.training.optimizer import make_optimizer
 
 
@@ -30,7 +34,8 @@ class Memory:
     """Bytes at the peak of a step, by part.
 
     ``gradients`` are there during the passes only where several micro-batches add to them.
-    ``logits``: of one chunk of positions, with the gradients that the loss computes at once.
+    ``optimizer``: moments, and averages of the weights where a run keeps them. ``logits``: of one
+    chunk of positions, with the gradients that the loss computes at once.
     ``activations``: what autograd keeps for the backward pass, and what operations need for the
     moment. ``other``: the process itself and what its allocator does not give back; on a GPU 0.
     """
@@ -103,22 +108,45 @@ def _with_layers(config: Config, layers: int) -> Config:
     return config.model_copy(update={"model": model})
 
 
+_simulated: dict[tuple[Any, ...], Memory] = {}  # GPUs and stages often ask for the same
+
+
 def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
+    model = config.model
+    if model.schedule == "recursive":
+        # Cycles without gradients leave nothing behind: one of them stands for all.
+        cycles = min(model.H_cycles, model.bp_cycles + 1)
+        config = config.model_copy(update={"model": model.model_copy(update={"H_cycles": cycles})})
+    sections = (config.model, config.objective, config.optim, config.training)
+    key = (*(section.model_dump_json() for section in sections), dtype, device_type)
+    if key not in _simulated:
+        _simulated[key] = _run(config, dtype, device_type)
+    return _simulated[key]
+
+
+def _run(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
     training, vocabulary = config.training, config.model.vocab_size
     shape = (training.micro_batch_size, training.sequence_length)
     passes = min(training.gradient_accumulation_steps, 2)
     with _chunks_of(device_type), FakeTensorMode(), Allocations() as count:
-        model = CausalLM(config.model)
+        model = interop.new_model(config.model)
         model.compute_dtype = dtype
         model.checkpoint_activations = training.checkpoint_activations
         weights = count.live
-        objective, optimizer = NextToken(model), make_optimizer(model, config.optim)
+        optimizer = make_optimizer(model, config.optim)
+        rate = config.optim.ema_rate
+        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = [(name, p) for name, p in model.named_parameters() if id(p) in updated]
+        averages = EMA(named, rate) if rate is not None else None
         ids = torch.zeros(shape, dtype=torch.int64)
+        run = _pass(config, model, ids)
         for step in range(2):  # the optimizer's state is there from the second step on
             for _ in range(passes):
-                objective(ids, ids).backward()
+                run().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if averages is not None:
+                averages.update()
             if step == 0:
                 state = count.live - weights - ids.nbytes
                 count.peak = 0
@@ -130,6 +158,20 @@ def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
     logits += ids.numel() * width * dtype.itemsize
     parts = Memory(weights, gradients if passes > 1 else 0, state, 0, logits)
     return replace(parts, activations=max(count.peak - parts.total, 0))
+
+
+def _pass(
+    config: Config, model: CausalLM | RecursiveLM, ids: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """One micro-batch of the objective; of deep supervision with every position labelled."""
+    if isinstance(model, CausalLM):
+        objective = NextToken(model)
+        return lambda: objective(ids, ids)
+    options = config.objective
+    act = ACT(model, form=options.form, per_sequence=options.per_sequence)
+    carry = empty_carry(model, *ids.shape)
+    positions = torch.zeros(ids.numel(), dtype=torch.int64)
+    return lambda: act(carry, where=(positions, positions))[1].mean()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +11,48 @@ from torch import Tensor, nn
 from thimble.config.schema import OptimConfig
 from thimble.models.layers import Linear
 from thimble.training import sharding
+from thimble.training.sparse_sign import SparseSignSGD, sparse_weights
+
+if TYPE_CHECKING:
+    from thimble.training.distributed import Processes
 
 # A quintic whose repeated application drives every singular value into about 0.7 .. 1.2 (Jordan et
 # al. 2024, https://kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Rate of the update number ``step`` (from 0): linear warm-up, cosine to ``min_lr_ratio``.
+def schedule(config: OptimConfig, step: int, total_steps: int, share: float = 0.0) -> float:
+    """What the update number ``step`` (from 0) multiplies the learning rate by: linear warm-up,
+    then cosine to ``min_lr_ratio``.
 
-    The first update has rate / warm-up, not zero; the last exactly ``min_lr_ratio`` of the peak.
+    The first update has 1 / warm-up, not zero; the last exactly ``min_lr_ratio``. ``share``: of the
+    data that has been given out, for a run that ends with them; whichever is further counts.
     """
-    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
     if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     last = max(total_steps - 1 - config.warmup_steps, 1)
-    done = min((step - config.warmup_steps) / last, 1.0)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    done = min(max((step - config.warmup_steps) / last, share), 1.0)
+    floor = config.min_lr_ratio
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_sparse_optimizer(
+    model: nn.Module, config: OptimConfig, processes: Processes | None = None
+) -> SparseSignSGD | None:
+    """For the embeddings with sparse gradients, which ``make_optimizer`` leaves out; None when
+    there are none."""
+    weights = list(sparse_weights(model).values())
+    if not weights:
+        return None
+    rate, decay = config.puzzle_emb_lr, config.puzzle_emb_weight_decay
+    return SparseSignSGD(weights, rate, decay, processes)
+
+
+def freeze(model: nn.Module) -> None:
+    """Nothing but embeddings with sparse gradients is trained from now on."""
+    model.requires_grad_(False)
+    for weight in sparse_weights(model).values():
+        weight.requires_grad_(True)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -42,7 +67,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     others: list[tuple[str, nn.Parameter]] = []
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     vocabulary = {id(m.weight) for m in embeddings}
-    sparse = {id(m.weight) for m in embeddings if m.sparse}
+    sparse = {id(weight) for weight in sparse_weights(model).values()}
     if isinstance(head := getattr(model, "head", None), nn.Linear):
         vocabulary.add(id(head.weight))
     for name, parameter in model.named_parameters():

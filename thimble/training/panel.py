@@ -92,19 +92,29 @@ class Panel:
 
     def evaluated(self, record: dict[str, Any], sample: str) -> None:
         self.val, self.sample = record, sample
-        bits = record["val_bits_per_byte"]
+        bits = record.get("val_bits_per_byte")
         if self.live is None:
+            figures = "  ".join(self.held_out())
             console.log.info(
-                "step %d  val loss %.3f  perplexity %.1f  bits per byte %.3f",
-                record["step"],
-                record["val_loss"],
-                record["val_perplexity"],
-                bits,
+                "step %d  val loss %.3f  %s", record["step"], record["val_loss"], figures
             )
+        if bits is None:
+            return
         for name, value in self.baselines.items():
             if bits < value and name not in self.passed:
                 self.passed.add(name)
                 console.log.info("step %d  passed the %s (%.3f)", record["step"], name, value)
+
+    def held_out(self) -> list[str]:
+        """Figures of the last evaluation, in words."""
+        known = (
+            ("val_perplexity", "perplexity {:.1f}"),
+            ("val_bits_per_byte", "bits per byte {:.3f}"),
+            ("val_exact_accuracy", "exact {:.1%}"),
+        )
+        return [
+            text.format(self.val[name]) for name, text in known if self.val.get(name) is not None
+        ]
 
     def left(self) -> float:
         """Seconds to the last step, from the whole session's pace (evaluations included)."""
@@ -137,15 +147,11 @@ class Panel:
                 f"gradient norm {self.train['grad_norm']:.2f}",
             )
         if self.val:
-            facts.add_row(
-                "held out",
-                f"{self.val['val_bits_per_byte']:.3f} bits per byte",
-                f"perplexity {self.val['val_perplexity']:.1f}",
-                f"memory {self.train.get('memory_bytes', 0) / 2**30:.1f} GiB",
-            )
+            memory = f"memory {self.train.get('memory_bytes', 0) / 2**30:.1f} GiB"
+            facts.add_row("held out", *self.held_out()[:2], memory)
         body: list[Any] = [ProgressBar(total=self.total, completed=step), facts]
         body.append(Text(sparkline(self.losses), style="cyan"))
-        if self.val and self.baselines:
+        if self.val.get("val_bits_per_byte") is not None and self.baselines:
             body.append(Text(self.race(), style="dim"))
         if self.sample:
             body.append(Text(" ".join(self.sample.split())[:300], style="italic"))

@@ -8,19 +8,24 @@ before is not counted.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from thimble.config.schema import Config
+from thimble.config.schema import Config, DataConfig, DatasetConfig
 from thimble.console import progress
+from thimble.conversations.dataset import EXAMPLE, Conversations
 from thimble.training import devices
+from thimble.training.data import open_data
 
 STEPS = 4  # timed, after one that warms up
 LONGEST = 20.0  # seconds that a probed step may take on a CPU, or it is not run
@@ -35,6 +40,7 @@ def probe(config: Config, micro_batches: list[int], flops_per_token: float) -> l
     ``problem`` instead.
     """
     found: list[dict[str, Any]] = []
+    config = _alike(config)
     device = devices.resolve_device(config.device)
     with progress("plan: real steps", len(micro_batches), "micro-batches") as advance:
         for micro in micro_batches:
@@ -49,18 +55,29 @@ def probe(config: Config, micro_batches: list[int], flops_per_token: float) -> l
                 update={"micro_batch_size": micro, "gradient_accumulation_steps": 1}
             )
             one = config.model_copy(update={"training": training})
-            found.append({"micro_batch_size": micro, **_run(one)})
+            found.append({"micro_batch_size": micro, **_run(one.model_dump_json())})
             advance(1)
             if "problem" in found[-1]:
                 break
     return found
 
 
-def _run(config: Config) -> dict[str, Any]:
+def _alike(config: Config) -> Config:
+    """The same steps, and the same words for them: of conversations whichever they are."""
+    training = config.training.model_copy(update={"load_checkpoint": None})
+    changed: dict[str, Any] = {"training": training}
+    if config.data.path is None or isinstance(open_data(config), Conversations):
+        made_up = DatasetConfig(name="made up", seq_len=training.sequence_length)
+        changed |= {"data": DataConfig(), "dataset": made_up, "recipe": "probe"}
+    return config.model_copy(update=changed)
+
+
+@functools.lru_cache  # stages of a run differ in their data only
+def _run(config: str) -> dict[str, Any]:
     alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
     answer = subprocess.run(
         [sys.executable, "-m", "thimble.training.probe"],
-        input=config.model_dump_json(),
+        input=config,
         capture_output=True,
         text=True,
         env={**os.environ, **alone},
@@ -72,15 +89,38 @@ def _run(config: Config) -> dict[str, Any]:
     return {"problem": (answer.stderr.strip().splitlines() or ["it failed"])[-1]}
 
 
+class Longest(Conversations):
+    """Conversations of random tokens, all as long as they may be, half of each an answer: what a
+    step takes at most, whether there are real ones or not yet."""
+
+    def __init__(self, config: Config) -> None:
+        count, length = 64 * config.training.micro_batch_size, config.training.sequence_length
+        draw = np.random.default_rng(config.seed)
+        self.directory = Path("made up")
+        self.vocab_size, self.seq_len = config.model.vocab_size, length
+        self.pad_id = self.end_id = 0
+        self.manifest: dict[str, Any] = {"fingerprint": "made up"}
+        prompt = max(length // 2, 1)
+        self.ids = draw.integers(0, self.vocab_size, count * (length + 1), dtype=np.uint32)
+        self.labels = np.tile(np.arange(length + 1) >= prompt, count).astype(np.uint8)
+        self.examples = np.zeros(count, dtype=EXAMPLE)
+        self.examples["start"] = np.arange(count) * (length + 1)
+        self.examples["length"], self.examples["prompt"] = length + 1, prompt
+        self.examples["weight"] = 1
+
+    def tokenizer(self) -> Any:
+        return None  # nothing is said in a probe
+
+
 def main() -> None:
     """Read a configuration from standard input, take steps, print what they took."""
     from thimble.training.distributed import Processes
     from thimble.training.loop import Trainer
-    from thimble.training.plan import training_tokens
 
     config = Config.model_validate_json(sys.stdin.read())
     device = devices.resolve_device(config.device)
-    trainer = Trainer(config, training_tokens(config), device, Processes())
+    data = Longest(config) if config.data.path is None else open_data(config)
+    trainer = Trainer(config, data, device, Processes())
     devices.reset_peak_memory(device)
     seconds = []
     for _ in range(1 + STEPS):

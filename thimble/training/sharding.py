@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from thimble.models.causal_lm import CausalLM
+from thimble.models.recursive import RecursiveLM
 from thimble.objectives.next_token import NextToken
 
+Network = CausalLM | RecursiveLM
 
-def shard(objective: NextToken, device: torch.device, count: int, *, compiled: bool) -> None:
+
+def shard(objective: nn.Module, device: torch.device, count: int, *, compiled: bool) -> None:
     """Replace the parameters of the objective's model by this process's shards, on ``device``."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (count,))
+    assert isinstance(objective, NextToken)
     model = objective.model
     # What a block computes with is gathered in that format: half the traffic, the same values. The
     # head adds up its gradient in float32, so it and the embedding stay in it.
@@ -84,8 +88,8 @@ def usable(objective: nn.Module) -> Iterator[None]:
 
 
 def gather(
-    model: CausalLM, optimizer: torch.optim.Optimizer, *, keep: bool
-) -> tuple[CausalLM, dict[str, Any]]:
+    model: Network, optimizer: torch.optim.Optimizer, *, keep: bool
+) -> tuple[Network, dict[str, Any]]:
     """A whole model and optimizer state, in main memory, for the process that ``keep``s them.
 
     Every process must call; what the others get is empty. One tensor at a time is whole on a
@@ -94,6 +98,7 @@ def gather(
     state = optimizer.state_dict()
     if not is_sharded(model):
         return model, state
+    assert isinstance(model, CausalLM)  # the only one that is ever sharded
 
     def collect(tensor: Tensor) -> Tensor | None:
         full = whole(tensor.detach())
@@ -114,7 +119,7 @@ def gather(
 
 
 @torch.no_grad()
-def scatter_weights(full: CausalLM, model: CausalLM) -> None:
+def scatter_weights(full: Network, model: Network) -> None:
     """Copy a whole model's weights into the shards of ``model``."""
     weights = dict(full.named_parameters())
     for name, parameter in model.named_parameters():

@@ -1,0 +1,138 @@
+"""What a run is trained on: tokens, conversations or puzzles, opened and held against the model."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thimble import artifacts
+from thimble.config.schema import Config
+from thimble.console import log
+from thimble.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from thimble.conversations.dataset import Conversations
+    from thimble.puzzles.loader import Split
+    from thimble.tokens.shards import TokenSplit
+
+PUZZLE_KEYS = ("vocab_size", "max_position_embeddings", "puzzle_identifiers")
+
+
+def ready(config: Config) -> Config:
+    """The configuration of a run whose data are there: conversations are tokenized, if they are
+    not yet, and of puzzles the model takes alphabet, length and identifiers.
+
+    Raises DataError or ConfigError when something is missing or does not fit.
+    """
+    if config.dataset.name is not None and config.data.path is None:
+        config = _tokenized(config)
+    elif config.objective.name == "act" and _kind(config.data.folder) != "conversations":
+        config = _of_puzzles(config)
+    return config
+
+
+def _tokenized(config: Config) -> Config:
+    from thimble.conversations.build import build
+
+    home = Path("data/conversations")
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / ".lock", "a") as file:
+        # Of several processes the first tokenizes; the others wait for it and find it done. A child
+        # of that one's pool must not: it is here because a script has no main guard, and fails.
+        if multiprocessing.parent_process() is None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        built = build(config.dataset)
+    for line in built.checks["suspicious"]:
+        log.warning("suspicious data: %s", line)
+    data = config.data.model_copy(update={"path": str(built.path)})
+    return config.model_copy(update={"data": data})
+
+
+def _of_puzzles(config: Config) -> Config:
+    found = open_data(config).metadata
+    wanted = {
+        "vocab_size": found.vocab_size,
+        "max_position_embeddings": found.seq_len,
+        # A model without embeddings of puzzles stays without.
+        "puzzle_identifiers": found.num_puzzle_identifiers
+        if config.model.puzzle_identifiers
+        else 0,
+    }
+    changed = {k: v for k, v in wanted.items() if getattr(config.model, k) != v}
+    length = config.training.sequence_length
+    if not changed and length == found.seq_len:
+        return config
+    words = [f"model.{key}={value}" for key, value in changed.items()]
+    log.info("as the puzzles of %s have it: %s", config.data.path, " ".join(words) or "length")
+    tree = config.model_dump(mode="python")
+    tree["model"] |= changed
+    tree["training"]["sequence_length"] = found.seq_len
+    return Config.model_validate(tree)
+
+
+def open_data(config: Config, split: str = "train") -> Any:
+    """A split of ``data.path``: ``TokenSplit``, puzzles' ``Split``, or ``Conversations`` whole.
+
+    Raises DataError when it is not there, not whole, or of a kind the objective cannot have, and
+    ConfigError when the model's vocabulary or length does not fit.
+    """
+    if config.objective.name == "next_token":
+        return _tokens(config, split)
+    if _kind(config.data.folder) == "conversations":
+        return _conversations(config)
+    return _puzzles(config, split)
+
+
+def _kind(folder: str) -> str | None:
+    manifest = Path(folder) / artifacts.MANIFEST
+    found = artifacts.read_json(manifest) if manifest.is_file() else {}
+    return found.get("kind") if isinstance(found, dict) else None
+
+
+def _tokens(config: Config, split: str) -> TokenSplit:
+    from thimble.tokens.shards import TokenSplit
+
+    data = TokenSplit(config.data.folder, split)
+    _fits(config, data.vocab_size)
+    return data
+
+
+def _fits(config: Config, vocabulary: int) -> None:
+    if vocabulary > config.model.vocab_size:
+        raise ConfigError(
+            f"{config.data.path} has {vocabulary:,} token ids, the model has "
+            f"{config.model.vocab_size:,}. Use:\n  model.vocab_size={vocabulary}"
+        )
+
+
+def _conversations(config: Config) -> Conversations:
+    from thimble.conversations.dataset import Conversations
+
+    if not config.model.causal:
+        raise ConfigError(
+            "model.causal=false has no place in a language model: it would be given the words it "
+            "is asked for. Use:\n  model.causal=true"
+        )
+    data = Conversations(config.data.folder)
+    _fits(config, data.vocab_size)
+    if data.seq_len > config.training.sequence_length:
+        raise ConfigError(
+            f"{config.data.path} has examples of up to {data.seq_len} tokens, and the run has "
+            f"training.sequence_length={config.training.sequence_length}. Use:\n"
+            f"  training.sequence_length={data.seq_len} model.max_position_embeddings={data.seq_len}"
+        )
+    return data
+
+
+def _puzzles(config: Config, split: str) -> Split:
+    from thimble.puzzles.loader import Split
+
+    kind = _kind(config.data.folder)
+    if kind not in (None, "puzzles"):
+        raise DataError(
+            f"{config.data.path} holds {kind}, and objective.name=act learns from conversations or "
+            "puzzles. For these data:\n  objective.name=next_token model.schedule=once"
+        )
+    return Split(config.data.folder, split)
