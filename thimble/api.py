@@ -17,6 +17,7 @@ from thimble.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from thimble.conversations.build import Built
+    from thimble.corpora.download import Downloads
     from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
     from thimble.evaluation.comparison import Comparison
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from thimble.sweep import Sweep
     from thimble.teachers.fill import Filled
     from thimble.teachers.finetune import Finetuned
+    from thimble.tokens.packing import Packed
     from thimble.training import Run
     from thimble.training.forecast import Forecast, Stages
 
@@ -66,6 +68,24 @@ def build_corpus(
     )
 
 
+def download_data(
+    plan: str = "poc",
+    categories: Sequence[str] = (),
+    *,
+    output: PathLike = "data/distillation",
+    dry_run: bool = False,
+    status: bool = False,
+) -> Downloads:
+    """Fetch the data sets of a plan (``poc`` or ``curriculum``) from the hub as JSONL files.
+
+    What is there already is kept, what was begun goes on. ``status`` only says what is there,
+    ``dry_run`` asks the hub for sizes and licences, too.
+    """
+    from thimble.corpora.download import download
+
+    return download(plan, categories, output, dry_run=dry_run, status=status)
+
+
 def build_tokens(
     corpus: PathLike,
     *,
@@ -93,6 +113,19 @@ def build_tokens(
         tokenizer=tokenizer,
         workers=workers,
     )
+
+
+def pack_tokens(
+    source: PathLike, output: PathLike, *, max_seq_length: int = 8192, **options: Any
+) -> Packed:
+    """Pack text files, JSONL and parquet into chunks of one length, as parquet; returns the counts.
+
+    ``options``: ``recursive``, ``tokenizer``, ``val_ratio``, ``skip_existing``, ``force``,
+    ``workers``, as in ``thimble.tokens.packing.pack``.
+    """
+    from thimble.tokens.packing import pack
+
+    return pack(source, output, max_seq_length=max_seq_length, **options)
 
 
 def build_conversations(

@@ -11,6 +11,7 @@ from thimble import api
 from thimble.command import (
     conversations_app,
     corpus_app,
+    data_app,
     puzzles_build_app,
     teacher_app,
     tokens_app,
@@ -34,6 +35,25 @@ from thimble.words import (
     Workers,
     settings_of,
 )
+
+
+@verb(data_app, "download")
+def data_download(
+    plan: Annotated[str, typer.Option(help="poc, or curriculum.")] = "poc",
+    category: Annotated[
+        list[str] | None,
+        typer.Option(help="instruction_chat, code, math_reasoning or factual_qa only; repeatable."),
+    ] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder to write.")
+    ] = "data/distillation",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Ask the hub for sizes and licences, fetch nothing.")
+    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Only say what is there.")] = False,
+) -> Any:
+    """Fetch the data sets of a plan as JSONL; goes on where it was interrupted."""
+    return api.download_data(plan, category or (), output=output, dry_run=dry_run, status=status)
 
 
 @verb(corpus_app, "build")
@@ -79,6 +99,43 @@ def tokens_build(
     """Make a tokenizer and the train, val and test shards of a corpus."""
     return api.build_tokens(
         corpus, output=output, vocab_size=vocab_size, tokenizer=tokenizer, workers=workers
+    )
+
+
+@verb(tokens_app, "pack")
+def tokens_pack(
+    source: Annotated[
+        str, typer.Option("--input", help="Folder or file: JSONL, parquet, text; .gz, .zst, .xz.")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Of folders in the folder, too.")
+    ] = False,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a chunk.")] = 8192,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder, hub id or file; default: $LLAMA_TOKENIZER, or Llama 3.2."),
+    ] = None,
+    val_ratio: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of the documents held out.")
+    ] = 0.01,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Keep what is unchanged, as without it.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make all of it anew.")] = False,
+    workers: Workers = None,
+) -> Any:
+    """Cut documents end to end into chunks of one length, for distillation."""
+    return api.pack_tokens(
+        source,
+        output,
+        recursive=recursive,
+        max_seq_length=max_seq_length,
+        tokenizer=tokenizer,
+        val_ratio=val_ratio,
+        skip_existing=skip_existing,
+        force=force,
+        workers=workers,
     )
 
 

@@ -15,7 +15,7 @@ from thimble import __version__
 from thimble.console import setup
 from thimble.terminal import show
 
-FIRST = ("corpus", "tokens", "conversations", "puzzles", "teacher")
+FIRST = ("data", "corpus", "tokens", "conversations", "puzzles", "teacher")
 
 
 class InOrder(TyperGroup):
@@ -35,6 +35,7 @@ app = typer.Typer(
     "3 not accepted, 4 stopped by a guard, 5 bad input data, 6 environment, "
     "75 interrupted and resumable, 130 interrupted.",
 )
+data_app = typer.Typer(suggest_commands=False)
 corpus_app = typer.Typer(suggest_commands=False)
 tokens_app = typer.Typer(suggest_commands=False)
 conversations_app = typer.Typer(suggest_commands=False)
@@ -42,6 +43,7 @@ puzzles_app = typer.Typer(suggest_commands=False)
 puzzles_build_app = typer.Typer(suggest_commands=False)
 export_app = typer.Typer(suggest_commands=False)
 teacher_app = typer.Typer(suggest_commands=False)
+app.add_typer(data_app, name="data", help="Data sets of the hub as JSONL files.")
 app.add_typer(corpus_app, name="corpus", help="Sources to clean, deduplicated documents.")
 app.add_typer(tokens_app, name="tokens", help="Documents to a tokenizer and shards.")
 app.add_typer(
