@@ -17,6 +17,7 @@ from thimble.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from thimble.conversations.build import Built
+    from thimble.corpora.download import Downloads
     from thimble.doctor import Diagnosis
     from thimble.evaluation.acceptance import Acceptance
     from thimble.evaluation.comparison import Comparison
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from thimble.quickstart import Quickstart
     from thimble.report import Report
     from thimble.sweep import Sweep
+    from thimble.teachers.fill import Filled
+    from thimble.teachers.finetune import Finetuned
+    from thimble.tokens.packing import Packed
     from thimble.training import Run
     from thimble.training.forecast import Forecast, Stages
 
@@ -64,6 +68,24 @@ def build_corpus(
     )
 
 
+def download_data(
+    plan: str = "poc",
+    categories: Sequence[str] = (),
+    *,
+    output: PathLike = "data/distillation",
+    dry_run: bool = False,
+    status: bool = False,
+) -> Downloads:
+    """Fetch the data sets of a plan (``poc`` or ``curriculum``) from the hub as JSONL files.
+
+    What is there already is kept, what was begun goes on. ``status`` only says what is there,
+    ``dry_run`` asks the hub for sizes and licences, too.
+    """
+    from thimble.corpora.download import download
+
+    return download(plan, categories, output, dry_run=dry_run, status=status)
+
+
 def build_tokens(
     corpus: PathLike,
     *,
@@ -91,6 +113,19 @@ def build_tokens(
         tokenizer=tokenizer,
         workers=workers,
     )
+
+
+def pack_tokens(
+    source: PathLike, output: PathLike, *, max_seq_length: int = 8192, **options: Any
+) -> Packed:
+    """Pack text files, JSONL and parquet into chunks of one length, as parquet; returns the counts.
+
+    ``options``: ``recursive``, ``tokenizer``, ``val_ratio``, ``skip_existing``, ``force``,
+    ``workers``, as in ``thimble.tokens.packing.pack``.
+    """
+    from thimble.tokens.packing import pack
+
+    return pack(source, output, max_seq_length=max_seq_length, **options)
 
 
 def build_conversations(
@@ -156,6 +191,69 @@ def build_arc(output: PathLike | None = None, *, input_file_prefix: str, **optio
     from thimble.puzzles import arc
 
     return arc.build(output or "data/puzzles/arc", input_file_prefix=input_file_prefix, **options)
+
+
+def cache_teacher(
+    teacher: PathLike,
+    tokens: PathLike,
+    *,
+    split: str = "train",
+    sequence_length: int | None = None,
+    topk: int = 64,
+    samples: int | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    seed: int = 1,
+    **options: Any,
+) -> Filled:
+    """Ask a teacher about every row of a data set and keep what it says; goes on where it was.
+
+    ``teacher``: a folder, a run of ours, a model on the hub, or a server's address. Kept are the
+    ``topk`` likeliest tokens and the tail's mass at each temperature, or, with ``samples``, so many
+    draws. ``options``: ``output``, ``adapter``, ``served_model``, ``device``, ``precision``,
+    ``ram_disk``, ``batch_positions``, as in ``thimble.teachers.fill.cache``.
+    """
+    from thimble.teachers.asked import Asked
+    from thimble.teachers.fill import cache
+
+    asked = Asked(samples or topk, tuple(temperatures), samples is not None, seed)
+    return cache(teacher, tokens, asked, split=split, length=sequence_length, **options)
+
+
+def finetune_teacher(
+    teacher: PathLike,
+    tokens: PathLike,
+    *,
+    output: PathLike | None = None,
+    sequence_length: int | None = None,
+    resume: PathLike | None = None,
+    ram_disk: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    **options: Any,
+) -> Finetuned:
+    """Make a teacher used to the data by LoRA; writes an adapter and a merged checkpoint.
+
+    ``resume``: ``auto``, or a checkpoint. ``options`` as in ``thimble.teachers.finetune.Options``:
+    ``rank``, ``learning_rate``, ``max_steps``, ``batch_rows`` and others.
+    """
+    from thimble.teachers import finetune
+    from thimble.teachers.examples import open_examples
+    from thimble.training.devices import resolve_device
+
+    chosen = finetune.Options(**options)
+    rows, held_out = (open_examples(tokens, split, sequence_length) for split in ("train", "val"))
+    folder = Path("runs/teachers") / f"{Path(teacher).name}-{Path(tokens).name}"
+    return finetune.finetune(
+        teacher,
+        rows,
+        held_out,
+        output or folder,
+        chosen,
+        device=resolve_device(device),
+        precision=precision,
+        ram_disk=ram_disk,
+        resume=resume,
+    )
 
 
 def find_corpus(corpus: PathLike) -> Path:

@@ -175,13 +175,15 @@ def write_manifest(
     options: Mapping[str, Any],
     counts: Mapping[str, Any],
     packages: tuple[str, ...] = (),
+    files: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Write ``manifest.json`` into a directory whose other files are complete; return it.
 
-    ``fingerprint`` covers kind, inputs and options: equal fingerprints mean the same artefact.
+    ``files``: bytes and sha256 by name, where they are known already. ``fingerprint`` covers kind,
+    inputs and options: equal fingerprints mean the same artefact.
     """
-    files = {
+    files = files or {
         file.relative_to(directory).as_posix(): {
             "bytes": file.stat().st_size,
             "sha256": sha256_file(file),
@@ -199,7 +201,7 @@ def write_manifest(
         "options": dict(options),
         "counts": dict(counts),
         **more,
-        "files": files,
+        "files": dict(files),
     }
     write_json(directory / MANIFEST, manifest)
     return manifest

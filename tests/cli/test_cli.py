@@ -34,10 +34,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
 
     for name in (
         *("build_corpus", "build_tokens", "build_conversations", "plan", "train", "accept"),
+        *("download_data", "pack_tokens"),
         *("generate", "chat"),
         *("evaluate", "report", "doctor", "quickstart", "sweep", "quantize"),
         "compare",
         *("build_sudoku", "build_maze", "build_arc"),
+        *("cache_teacher", "finetune_teacher"),
         *("export_gguf", "export_onnx", "export_transformers", "export_bin"),
     ):
         monkeypatch.setattr(api, name, note(name))
@@ -60,9 +62,29 @@ def lines_to_paste(text: str) -> list[str]:
         ("corpus build --from a --from b", "build_corpus", (None,), {"sources": ["a", "b"]}),
         ("corpus build mine --from a -o c", "build_corpus", ("mine",), {"output": "c"}),
         ("corpus build x --workers 2 --seed 3", "build_corpus", ("x",), {"workers": 2, "seed": 3}),
+        ("data download", "download_data", ("poc", ()), {"output": "data/distillation"}),
+        (
+            "data download --plan curriculum --category code --category factual_qa --dry-run -o d",
+            "download_data",
+            ("curriculum", ["code", "factual_qa"]),
+            {"output": "d", "dry_run": True, "status": False},
+        ),
         ("tokens build x", "build_tokens", ("x",), {"vocab_size": None, "tokenizer": None}),
         ("tokens build x --vocab-size 9", "build_tokens", ("x",), {"vocab_size": 9}),
         ("tokens build x --tokenizer t.model", "build_tokens", ("x",), {"tokenizer": "t.model"}),
+        (
+            "tokens pack --input a --output b --recursive --skip-existing --max-seq-length 8192",
+            "pack_tokens",
+            ("a", "b"),
+            {"recursive": True, "skip_existing": True, "force": False, "max_seq_length": 8192}
+            | {"tokenizer": None, "val_ratio": 0.01},
+        ),
+        (
+            "tokens pack --input a -o b --force --tokenizer t --workers 2 --val-ratio 0.1",
+            "pack_tokens",
+            ("a", "b"),
+            {"force": True, "tokenizer": "t", "workers": 2, "val_ratio": 0.1, "recursive": False},
+        ),
         (
             "conversations build x --tokenizer t --seq-len 64 --template chat -o d",
             "build_conversations",
@@ -96,6 +118,26 @@ def lines_to_paste(text: str) -> list[str]:
             {"input_file_prefix": "p", "subsets": ["training", "evaluation"], "num_aug": 3}
             | {"test_set_name": "evaluation", "seed": 42},
         ),
+        (
+            "teacher cache t d --sequence-length 64 --topk 8 --temperatures 1,2 --adapter a -o c",
+            "cache_teacher",
+            ("t", "d"),
+            {"sequence_length": 64, "topk": 8, "temperatures": [1.0, 2.0], "adapter": "a"}
+            | {"output": "c", "split": "train", "samples": None, "ram_disk": False},
+        ),
+        (
+            "teacher cache http://localhost:8000 d --split val --samples 5 --served-model m",
+            "cache_teacher",
+            ("http://localhost:8000", "d"),
+            {"split": "val", "samples": 5, "served_model": "m", "temperatures": [1.0]},
+        ),
+        (
+            "teacher finetune t d --rank 8 --max-steps 5 --ram-disk --resume",
+            "finetune_teacher",
+            ("t", "d"),
+            {"rank": 8, "max_steps": 5, "ram_disk": True, "resume": "auto"},
+        ),
+        ("teacher finetune t d --resume c", "finetune_teacher", ("t", "d"), {"resume": "c"}),
         ("plan slm_nano seed=2", "plan", ("slm_nano", "seed=2"), {"measure": True}),
         ("train slm_nano", "train", ("slm_nano",), {"resume": None}),
         ("train slm_nano --a.b c seed=2", "train", ("slm_nano", "--a.b", "c", "seed=2"), {}),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 
 from thimble.artifacts import read_json
 from thimble.corpora import files
+from thimble.corpora.sources import hub as hub_access
 from thimble.corpora.sources.upstream import download
 from thimble.errors import ConfigError, DataError, EnvironmentProblem, nearest
 
@@ -127,46 +125,24 @@ def _present(folder: Path, file: str) -> Path | None:
 # ------------------------------------------------------------------------------- from the hub
 
 
-def _open(request: urllib.request.Request, timeout: float) -> Any:
-    """Open an address of the hub; what no second attempt would mend is an EnvironmentProblem."""
-    from huggingface_hub import get_token
-
-    if token := get_token():
-        # Unredirected: the storage that the hub sends us on to must not get it.
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    try:
-        return urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise EnvironmentProblem(
-                f"{request.full_url} is refused ({error.code}): set HF_TOKEN to a token that may "
-                "read it, or accept the terms of the data set on its page."
-            ) from error
-        if error.code == 404:
-            raise EnvironmentProblem(
-                f"{request.full_url} does not exist (404). Is HF_ENDPOINT right?"
-            ) from error
-        raise
-
-
 def _fetch(hub: Hub, missing: list[str], folder: Path) -> None:
     by_hand = (
         f"Without network, put {' and '.join(missing)} of the data set {hub.repository} into "
         f"{folder} (also as .zst), or name another folder with --data-dir "
         "(in a recipe dataset.data_dir)."
     )
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if hub_access.is_offline():
         raise EnvironmentProblem(
             f"{folder} has no {missing[0]}, and HF_HUB_OFFLINE says not to fetch it. {by_hand}"
         )
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = hub_access.endpoint()
     answer = folder / ".incomplete-listing.json"
     answer.with_name(f"{answer.name}.part").unlink(missing_ok=True)  # an old one may say otherwise
     listing = download(
         f"{endpoint}/api/datasets/{hub.repository}/tree/main",
         answer,
         pause=PAUSE,
-        open_url=_open,
+        open_url=hub_access.open_url,
         advice=by_hand,
     )
     try:
@@ -187,7 +163,7 @@ def _fetch(hub: Hub, missing: list[str], folder: Path) -> None:
             path,
             sha256=(found[name].get("lfs") or {}).get("oid"),
             pause=PAUSE,
-            open_url=_open,
+            open_url=hub_access.open_url,
             advice=by_hand,
         )
         size = found[name].get("size")

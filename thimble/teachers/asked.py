@@ -43,6 +43,13 @@ class Asked:
                 else "At which temperature? Give at least one; 1 is the teacher as it is."
             )
 
+    def check(self, vocab_size: int) -> None:
+        """Raise ConfigError for more likeliest tokens than a vocabulary has."""
+        if not self.sampled and self.k > vocab_size:
+            raise ConfigError(
+                f"The {self.k} likeliest of {vocab_size} tokens: ask for at most {vocab_size}."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a cache: JSON values, and the seed only where it matters."""
         kind = {"kind": "drawn", "seed": self.seed} if self.sampled else {"kind": "likeliest"}

@@ -26,6 +26,7 @@ class DirectTeacher:
     def __init__(
         self, loaded: LoadedModel, asked: Asked, vocab_size: int, identity: dict[str, Any]
     ):
+        asked.check(vocab_size)
         self.loaded, self.asked, self.identity = loaded.limited(vocab_size), asked, identity
 
     @torch.no_grad()

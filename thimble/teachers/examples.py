@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from thimble.errors import ConfigError
 from thimble.tokens.loader import Windows
 from thimble.tokens.shards import TokenSplit
 from thimble.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -38,6 +39,21 @@ class Examples(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     def rows(self, numbers: Sequence[int] | np.ndarray) -> Rows: ...
+
+
+def open_examples(directory: str | Path, split: str, length: int | None) -> Examples:
+    """The rows of a data folder; ``length`` is that of the student's windows.
+
+    Raises ConfigError where a length is needed and not given.
+    """
+    if length is None:
+        raise ConfigError(
+            f"How long are the rows that the student reads of {directory}? Say what its recipe "
+            "says as training.sequence_length:\n  --sequence-length N"
+        )
+    if length < 1:
+        raise ConfigError(f"Rows of {length} tokens: give at least 1.")
+    return WindowExamples(directory, split, length)
 
 
 class WindowExamples:

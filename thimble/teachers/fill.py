@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 
 from thimble import artifacts
 from thimble.console import log, progress
+from thimble.errors import ConfigError
 from thimble.teachers.asked import Asked, Teacher
-from thimble.teachers.cache import MAKE, TeacherCache
-from thimble.teachers.examples import Examples
+from thimble.teachers.cache import MAKE, TeacherCache, describe
+from thimble.teachers.examples import Examples, open_examples
 
+HOME = Path("data/teacher_cache")
 SYNC_SECONDS = 30.0
 
 
@@ -72,6 +75,54 @@ def fill(
         cache.count * cache.row_bytes,
         len(missing) * cache.length / seconds if len(missing) else None,
     )
+
+
+def cache(
+    teacher: str | Path,
+    data: str | Path,
+    asked: Asked,
+    *,
+    split: str = "train",
+    length: int | None = None,
+    output: str | Path | None = None,
+    adapter: str | Path | None = None,
+    served_model: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    ram_disk: bool = False,
+    batch_positions: int = 8192,
+) -> Filled:
+    """``fill`` for a teacher by name: folder, run of ours, hub, or the address of a server.
+
+    The cache's folder is called after data, split and all that it belongs to, unless given.
+    """
+    from thimble.teachers.direct import open_direct
+    from thimble.teachers.served import ServedTeacher
+    from thimble.training.devices import resolve_device
+
+    examples = open_examples(data, split, length)
+    found: Teacher
+    if re.match(r"https?://", str(teacher)):
+        if adapter is not None or ram_disk:
+            raise ConfigError("A server has its adapter and its weights already: leave these out.")
+        found = ServedTeacher(str(teacher), examples, asked, model=served_model)
+    elif served_model is not None:
+        raise ConfigError(f"--served-model is for a server, and {teacher} is none (http://...).")
+    else:
+        found = open_direct(
+            teacher,
+            examples,
+            asked,
+            adapter=adapter,
+            device=resolve_device(device),
+            precision=precision,
+            ram_disk=ram_disk,
+        )
+    if output is None:
+        name = artifacts.fingerprint(describe(examples, found.identity, asked))
+        output = HOME / f"{Path(data).name}-{split}-{name}"
+    made_by = {"teacher": str(teacher), "adapter": adapter and str(adapter), "data": str(data)}
+    return fill(output, examples, found, batch_positions=batch_positions, made_by=made_by)
 
 
 def ask(

@@ -152,7 +152,8 @@ def load(
     weight_files(folder)
     # An adapter is added to whole weights and rounded once.
     precision = torch.float32 if adapter is not None else dtype
-    with in_memory(folder) if ram_disk else contextlib.nullcontext(folder) as source:
+    copied = in_memory(folder) if ram_disk else contextlib.nullcontext(folder)
+    with copied as source, without_bars():
         try:
             found: Any = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -300,6 +301,20 @@ def check_fits(loaded: LoadedModel, examples: Examples) -> None:
             f"The teacher {loaded.folder} reads at most {loaded.context:,} tokens, the rows of "
             f"{examples.directory} have {examples.length:,}. Use rows of at most that length."
         )
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers shows no progress of its own meanwhile."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

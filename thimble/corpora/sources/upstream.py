@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from thimble.artifacts import sha256_file, write_json
 from thimble.console import log, progress
@@ -32,6 +33,7 @@ ARCHIVES = {
     "usb-ids": ("current", "http://www.linux-usb.org/usb.ids"),
 }
 ATTEMPTS = 4
+Result = TypeVar("Result")
 CHUNK = 1 << 18
 
 
@@ -53,37 +55,54 @@ def download(
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    problem: Exception | None = None
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            log.info("%s: %s; trying again.", url, problem)
-            time.sleep(pause * 2 ** (attempt - 1))
+
+    def receive() -> None:
         try:
             _receive(url, part, open_url)
         except urllib.error.HTTPError as error:
+            if error.code != 416:
+                raise
+            part.unlink(missing_ok=True)  # it is no beginning of what is there now
+            raise http.client.HTTPException("what was received before is of another file") from None
+
+    kept = "What was received is kept and will be resumed."
+    try:
+        retried(url, receive, pause=pause, advice=f"{kept} {advice}")
+    except OSError as error:
+        raise disk_problem(error, part) from error
+    found = sha256_file(part)
+    if sha256 and found != sha256:
+        part.unlink()
+        raise DataError(
+            f"{url} does not have the sha256 it should have:\n  expected {sha256}\n"
+            f"  received {found}\nIt was deleted. Try again later, or get it from elsewhere."
+        )
+    os.replace(part, path)
+    return path
+
+
+def retried(url: str, attempt: Callable[[], Result], *, pause: float, advice: str) -> Result:
+    """``attempt()``, made again after a pause where the network or the server failed.
+
+    Raises EnvironmentProblem, ended by ``advice``, after ``ATTEMPTS`` of them, and OSError for a
+    full disk.
+    """
+    problem: object = None
+    for number in range(ATTEMPTS):
+        if number:
+            log.info("%s: %s; trying again.", url, problem)
+            time.sleep(pause * 2 ** (number - 1))
+        try:
+            return attempt()
+        except urllib.error.HTTPError as error:
             problem = error
-            if error.code == 416:  # the part on disk is no beginning of what is there now
-                part.unlink(missing_ok=True)
-            elif error.code < 500 and error.code != 429:
+            if error.code < 500 and error.code != 429:
                 break
-            continue
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, OSError) as error:
             if isinstance(error, OSError) and error.errno in DISK_FULL:
-                raise disk_problem(error, part) from error
+                raise
             problem = getattr(error, "reason", None) or error
-            continue
-        found = sha256_file(part)
-        if sha256 and found != sha256:
-            part.unlink()
-            raise DataError(
-                f"{url} does not have the sha256 it should have:\n  expected {sha256}\n"
-                f"  received {found}\nIt was deleted. Try again later, or get it from elsewhere."
-            )
-        os.replace(part, path)
-        return path
-    raise EnvironmentProblem(
-        f"Could not fetch {url}: {problem}. What was received is kept and will be resumed. {advice}"
-    )
+    raise EnvironmentProblem(f"Could not fetch {url}: {problem}. {advice}")
 
 
 def _receive(url: str, part: Path, open_url: Callable[..., http.client.HTTPResponse]) -> None:
