@@ -1,4 +1,4 @@
-"""What the old playbook begins with, in small: SlimOrca's JSONL, OpenOrca's parquet, a tokenizer."""
+"""What the old playbook begins with: SlimOrca's JSONL, OpenOrca's parquet, a tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = [
     *("device=cpu", "dataloader_workers=0", "lr_warmup_steps=2", "logging.tensorboard=false"),
     *("logging.wandb=false", "evaluation.sample_tokens=4"),
 ]
-WORDS = "mount disk driver kernel page cache signal process memory file".split()
+WORDS = ["mount", "disk", "driver", "kernel", "page", "cache", "signal", "memory", "file", "log"]
 
 
 def turns(number: int) -> tuple[str, str]:
@@ -73,9 +73,11 @@ def write_openorca(folder: Path, count: int = 64) -> Path:
     return folder
 
 
-def write_tokenizer(path: Path) -> Path:
-    """A SentencePiece model with byte fallback, as Llama's is."""
+def write_tokenizer(path: Path, *, reverse: bool = False) -> Path:
+    """A SentencePiece model with byte fallback, as Llama's is; ``reverse``: of other words."""
     texts = [text for number in range(200) for text in turns(number)]
+    if reverse:
+        texts = [text[::-1] for text in texts]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*texts, "You are brief.", "[SYSTEM] [USER] [ASSISTANT]"]),

@@ -24,7 +24,10 @@ TINY = [
     *("training.log_every=3", "training.eval_every=6", "training.save_every=6"),
     *("optim.warmup_steps=4", "optim.learning_rate=0.01", "precision=float32"),
 ]
-WORDS = "mount disk driver kernel page cache signal process memory file".split()
+WORDS = (
+    *("mount", "disk", "driver", "kernel", "page"),
+    *("cache", "signal", "process", "memory", "file"),
+)
 
 
 @functools.cache

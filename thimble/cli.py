@@ -63,7 +63,10 @@ def plan(
         bool, typer.Option("--measure/--no-measure", help="Take a few real steps here.")
     ] = True,
 ) -> Any:
-    """Parameters, FLOPs, tokens, hours, cost and memory of a run, before it is started."""
+    """Parameters, FLOPs, tokens, hours, cost and memory of a run, before it is started.
+
+    More recipes after the first are stages that follow, each from the weights of the one before.
+    """
     options = ["--measure", "--no-measure", "--json", "--help"]
     return api.plan(recipe, *check_options(overrides or [], options), measure=measure)
 

@@ -45,12 +45,12 @@ def test_the_defaults_are_the_documents() -> None:
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        (["arch.L_cycles=4", "arch.halt_max_steps=8"], ["model.L_cycles=4", "model.halt_max_steps=8"]),
+        (["arch.L_cycles=4", "arch.H_cycles=8"], ["model.L_cycles=4", "model.H_cycles=8"]),
         (["arch.mlp_t=True"], ["model.mixer=mlp"]),
         (["ema=True"], ["optim.ema_rate=0.999"]),
         (["ema=true", "ema_rate=0.99"], ["optim.ema_rate=0.99"]),
         (["ema=False"], ["optim.ema_rate=null"]),
-        (["lr=1e-4", "puzzle_emb_lr=1e-3"], ["optim.learning_rate=1e-4", "optim.puzzle_emb_lr=1e-3"]),
+        (["lr=1e-4", "lr_min_ratio=1"], ["optim.learning_rate=1e-4", "optim.min_lr_ratio=1"]),
         (["arch.loss.loss_type=stablemax_cross_entropy"], ["objective.form=stablemax"]),
         (["load_checkpoint=runs/x"], ["training.load_checkpoint=runs/x"]),
         (["freeze_weights=True"], ["optim.freeze_weights=True"]),

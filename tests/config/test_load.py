@@ -98,7 +98,6 @@ def test_every_misspelt_key_is_answered_with_a_line_that_works(nano: Path, key: 
     ("wrong", "right"),
     [
         ("optim.lr", "optim.learning_rate"),
-        ("optim.lr", "optim.learning_rate"),
         ("model.learning_rate", "optim.learning_rate"),
         ("learning-rate", "optim.learning_rate"),
         ("max_steps", "training.max_steps"),

@@ -14,11 +14,11 @@ import pytest
 from tests.conversations.conftest import records, sharegpt
 from tests.helpers_cli import Command
 from thimble import api, artifacts
+from thimble.config.schema import DatasetConfig
 from thimble.conversations import batches, checks
 from thimble.conversations import build as building
 from thimble.conversations.build import Built
 from thimble.conversations.dataset import EXAMPLE, Conversations
-from thimble.config.schema import DatasetConfig
 from thimble.conversations.template import prompt_ids
 from thimble.errors import ConfigError, DataError
 from thimble.tokens import splits
@@ -254,7 +254,7 @@ def test_a_tokenizer_is_needed_and_has_to_be_the_right_one(
         build(path, tokenizer=None)
     with pytest.raises(DataError, match="no tokenizer at"):
         build(path, tokenizer=tmp_path / "tokenizer.model")
-    with pytest.raises(DataError, match=r"entries, not the 32,000 of dataset\.vocab_size"):
+    with pytest.raises(DataError, match=r"wanted has 32,000 \(dataset\.vocab_size\)"):
         build(path, vocab_size=32000)
     with pytest.raises(ConfigError, match="template='chatml'"):
         build(path, template="chatml")

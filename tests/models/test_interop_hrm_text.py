@@ -178,6 +178,8 @@ def test_the_tensors_do_not_make_the_architecture(tmp_path: Path) -> None:
 def test_differences_are_named(changes: dict[str, Any], tmp_path: Path) -> None:
     found = interop_hrm_text.differences(small(**changes))
     assert found  # two key heads for four, if nothing else
+    kind = changes.get("position_embedding", "rope")
+    assert (f"model.position_embedding is {kind}, not rope" in found) is (kind != "rope")
     if changes is HRM_TEXT:
         assert found == ["model.num_key_value_heads is 2, not 4"]
     else:

@@ -1,4 +1,4 @@
-"""The documents' schedule in small, from their files and by their words: SlimOrca, then OpenOrca."""
+"""The documents' schedule in small, by their own words: SlimOrca, then OpenOrca."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def test_slimorca_then_openorca_from_its_weights(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*playbook.SMALL, "global_batch_size=8", "epochs=1"]
-    first = api.train(
-        "instruct_slimorca", *words, "dataset.data_dir=data/slimorca_full", "lr=0.01"
-    )
+    first = api.train("instruct_slimorca", *words, "dataset.data_dir=data/slimorca_full", "lr=0.01")
     assert first.status == "finished"
     rate = "lr=1e-8"  # so small that the weights stay what they were at the beginning
     second = api.train("instruct_openorca", *words, rate, f"load_checkpoint={first.path}")

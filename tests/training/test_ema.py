@@ -255,7 +255,8 @@ def test_gradients_of_several_processes_add_up() -> None:
     assert [len(rows) for rows, _ in parts] == [3, 3]
     rows, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     both = Small()
-    both.table.weight.grad = torch.sparse_coo_tensor(rows[None], values, (9, 4))
+    with torch.sparse.check_sparse_tensor_invariants():
+        both.table.weight.grad = torch.sparse_coo_tensor(rows[None], values, (9, 4))
     for model in (whole, both):
         SparseSignSGD([model.table.weight], lr=0.1, weight_decay=0.5).step()
     assert torch.equal(whole.table.weight, both.table.weight)

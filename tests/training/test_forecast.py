@@ -145,7 +145,10 @@ def test_steps_that_cannot_be_taken_are_told(
     assert any("would take about" in warning for warning in found.warnings)
     # A process that dies: what its last line says is kept.
     broken = config(tmp_path, "data.path=/nowhere/at/all")
-    assert "/nowhere" in probe._run(broken.model_dump_json())["problem"] or "tokens" in probe._run(broken.model_dump_json())["problem"]
+    assert (
+        "/nowhere" in probe._run(broken.model_dump_json())["problem"]
+        or "tokens" in probe._run(broken.model_dump_json())["problem"]
+    )
 
 
 def test_the_command(tmp_path: Path, capfd) -> None:

@@ -22,8 +22,8 @@ from thimble.objectives import act
 from thimble.training import checkpoint
 from thimble.training.feeds import ConversationFeed
 from thimble.training.loop import Trainer, train
-from thimble.training.retry import train_with_retries
 from thimble.training.recursion import RecursionTask
+from thimble.training.retry import train_with_retries
 
 RUNS = {"instruct": helpers.instruct, "puzzle": helpers.puzzle}
 
@@ -96,7 +96,8 @@ def test_a_batch_is_no_wider_than_its_longest_and_padding_changes_nothing(
         return widths, weights(trainer)
 
     narrow, found = run(helpers.instruct(tmp_path))
-    assert len(set(narrow)) > 1 and max(narrow) < 80
+    assert len(set(narrow)) > 1
+    assert max(narrow) < 80
     monkeypatch.setattr(ConversationFeed, "width", lambda self, longest: 80)
     wide, same = run(helpers.instruct(tmp_path))
     assert set(wide) == {80}
@@ -107,7 +108,7 @@ def test_weights_of_examples_are_honoured(tmp_path: Path) -> None:
     """Twice the weight of a row is the gradient of having it twice."""
     trainer = helpers.trainer(helpers.instruct(tmp_path))
     task = recursion(trainer)
-    rows, lengths = task.feed.rows(np.array([0, 1]))
+    rows, _ = task.feed.rows(np.array([0, 1]))
     model = trainer.model
 
     def gradient(weights: list[float], which: list[int]) -> torch.Tensor:
@@ -138,7 +139,8 @@ def test_resumed_equals_uninterrupted(
     folder = next((tmp_path / "cut").glob("*/*"))
     cut = train(config, resume=folder)
     assert timeless(cut.path) == timeless(whole.path)
-    assert cut.latest and whole.latest
+    assert cut.latest
+    assert whole.latest
     for part, digest in state_of(whole.latest).items():
         assert state_of(cut.latest)[part] == digest, part
 
@@ -169,7 +171,8 @@ def test_records_have_the_documents_names(tmp_path: Path) -> None:
     assert last["epoch"] == 1.0
     evaluation = [record for record in run.metrics if "val_loss" in record][-1]
     assert len(evaluation["val_by_step"]) == 3
-    assert run.checkpoint and (run.checkpoint / "conversation.json").is_file()
+    assert run.checkpoint
+    assert (run.checkpoint / "conversation.json").is_file()
 
 
 def test_the_first_loss_is_that_of_knowing_nothing(tmp_path: Path) -> None:
@@ -187,7 +190,8 @@ def test_weights_of_another_run_are_where_one_begins(tmp_path: Path) -> None:
     loaded = interop.load_model(first.latest)
     for name, weight in second.model.named_parameters():
         assert torch.equal(weight, dict(loaded.named_parameters())[name])
-    assert second.state.step == 0 and second.state.windows == 0
+    assert second.state.step == 0
+    assert second.state.windows == 0
     with pytest.raises(DataError, match="another model"):
         helpers.trainer(
             helpers.instruct(
@@ -203,7 +207,8 @@ def test_puzzles_give_the_model_its_shape(tmp_path: Path) -> None:
     run = train(config)
     assert run.latest
     found = json.loads((run.latest / "puzzle.json").read_text())
-    assert found["kind"] == "sudoku" and found["seq_len"] == 16
+    assert found["kind"] == "sudoku"
+    assert found["seq_len"] == 16
     assert not (run.latest / "tokenizer.json").exists()
     # There is no split beside the one that results are reported on, so none is chosen by it.
     assert run.checkpoint is None
@@ -345,7 +350,8 @@ def test_too_little_memory_halves_the_pass_and_changes_nothing(
     first, _ = json.loads((run.path / "attempts.json").read_text())
     assert first["kind"] == "out_of_memory"
     assert first["change"]["training.micro_batch_size"] == {"from": 4, "to": 2}
-    assert run.latest and whole.latest
+    assert run.latest
+    assert whole.latest
     mine, theirs = (interop.load_model(path).state_dict() for path in (run.latest, whole.latest))
     for name, weight in theirs.items():
         torch.testing.assert_close(mine[name], weight, atol=2e-5, rtol=1e-4)

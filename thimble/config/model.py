@@ -204,8 +204,8 @@ class ModelConfig(Section):
         if self.mixer == "mlp" and self.causal:
             raise ValueError(
                 "model.mixer=mlp mixes all positions, later ones too, so no language model can "
-                "have it: it would be given the words it is asked for. Use one of:\n"
-                "  model.mixer=attention\n  model.causal=false"
+                "have it: it would be given the words it is asked for. Use:\n"
+                "  model.mixer=attention\nor, for puzzles:\n  model.causal=false"
             )
         if not self.causal and self.schedule == "once":
             raise ValueError(

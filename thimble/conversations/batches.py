@@ -63,6 +63,14 @@ def gather(data: Conversations, numbers: np.ndarray, *, width: int | None = None
     return Batch(inputs, labels, rows["weight"].copy(), lengths, np.asarray(numbers))
 
 
+def _left_out(data: Conversations) -> str:
+    """How many more there would be if they were allowed to be longer; empty when there are none."""
+    count = data.counts.get("left_out", 0)
+    if not count:
+        return ""
+    return f" {count:,} more are left out: dataset.seq_len={data.seq_len} leaves them no answer."
+
+
 class Batches:
     """The examples of a split in their order; ``place`` counts those given out, over all epochs.
 
@@ -89,7 +97,7 @@ class Batches:
         if not self.count or (split == "train" and self.count < batch_size):
             raise DataError(
                 f"No {split} batch: the {split} split of {data.directory} has {self.count:,} "
-                f"conversations, and a batch takes {batch_size:,}. Use more data "
+                f"conversations, and a batch takes {batch_size:,}.{_left_out(data)} Use more data "
                 "(dataset.subset_size), or a smaller batch:\n"
                 f"  global_batch_size={max(self.count, 1)}"
             )

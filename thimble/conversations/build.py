@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from thimble import artifacts
+from thimble.config.schema import TOKENIZER_VARIABLE, DatasetConfig
 from thimble.console import log, progress
 from thimble.conversations import checks, sources
 from thimble.conversations.dataset import EXAMPLE, KIND, SPLITS, Conversations, Unsealed
-from thimble.config.schema import DatasetConfig
 from thimble.conversations.records import Conversation, parse
 from thimble.conversations.template import Template, encode, fit, special_id, template_of
 from thimble.corpora.local import REFUSED_SHARE, Refusals, UserFile
@@ -63,15 +63,24 @@ def build(
 ) -> Built:
     """Tokenize the conversations that ``config`` names; ``output``: default ``data/conversations``.
 
-    ``workers``: processes that tokenize, default ``dataset.dataloader_workers``. Does nothing when the directory
-    already holds exactly this. Raises ConfigError (no tokenizer, no such template), DataError (the
-    data do not fit) or EnvironmentProblem; whatever stood at ``output`` then still stands there.
+    ``workers``: processes that tokenize, default ``dataset.dataloader_workers``. Does nothing when
+    the directory already holds exactly this. Raises ConfigError (no tokenizer, no such template),
+    DataError (the data do not fit) or EnvironmentProblem; whatever stood at ``output`` then still
+    stands there.
     """
-    tokenizer = load_tokenizer(config.tokenizer())
+    path = config.tokenizer()
+    if Path(path).suffix in (".json", ".model") and not Path(path).is_file():
+        said = "dataset.tokenizer_path" if config.tokenizer_path else TOKENIZER_VARIABLE
+        raise DataError(
+            f"There is no tokenizer at {Path(path).absolute()}, where {said} says it is. Put it "
+            "there, or name another path with --tokenizer (in a recipe dataset.tokenizer_path)."
+        )
+    tokenizer = load_tokenizer(path)
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise DataError(
-            f"The tokenizer {config.tokenizer()} has {tokenizer.vocab_size:,} entries, not the "
-            f"{config.vocab_size:,} of dataset.vocab_size: it is another one."
+            f"The tokenizer {config.tokenizer()} has {tokenizer.vocab_size:,} entries, and the one "
+            f"wanted has {config.vocab_size:,} (dataset.vocab_size). Name that one, or make the "
+            f"model for this one:\n  model.vocab_size={tokenizer.vocab_size}"
         )
     template = template_of(config.template, tokenizer, config.system_message)
     paths = sources.find(config.name or "slimorca", config.data_dir)
@@ -219,7 +228,8 @@ def _judge_unknown(counts: Counter[str], config: DatasetConfig) -> None:
         raise DataError(
             f"{share:.2%} of the tokens are unknown to the tokenizer {config.tokenizer()} (at most "
             f"{checks.MAX_UNKNOWN:.1%} would be accepted): it was made for other text. Choose "
-            "another one with --tokenizer (in a recipe dataset.tokenizer_path)."
+            "another one with --tokenizer (in a recipe dataset.tokenizer_path, or the variable "
+            f"{TOKENIZER_VARIABLE})."
         )
 
 

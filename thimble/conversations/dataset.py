@@ -55,9 +55,9 @@ class Conversations:
         self._open(np.dtype(self.manifest["dtype"]))
 
     def _open(self, dtype: np.dtype) -> None:
-        self.ids = np.memmap(self.directory / "ids.bin", dtype, mode="r")
-        self.labels = np.memmap(self.directory / "labels.bin", np.uint8, mode="r")
-        self.examples = np.memmap(self.directory / "examples.bin", EXAMPLE, mode="r")
+        self.ids: np.ndarray = np.memmap(self.directory / "ids.bin", dtype, mode="r")
+        self.labels: np.ndarray = np.memmap(self.directory / "labels.bin", np.uint8, mode="r")
+        self.examples: np.ndarray = np.memmap(self.directory / "examples.bin", EXAMPLE, mode="r")
         ends = self.examples["start"] + self.examples["length"]
         if len(self.ids) != len(self.labels) or int(ends[-1]) != len(self.ids):
             raise DataError(f"The files of {self.directory} do not belong together. Make it again.")

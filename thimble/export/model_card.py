@@ -33,7 +33,8 @@ def model_card(result: Acceptance, config: Config) -> str:
 
     The card is no part of the checkpoint's manifest: it describes the files named there.
     """
-    tokens = artifacts.read_manifest(config.data.folder, "tokens", make="thimble tokens build CORPUS")
+    make = "thimble tokens build CORPUS"
+    tokens = artifacts.read_manifest(config.data.folder, "tokens", make=make)
     corpus = _corpus(config.data.folder, tokens)
     sections = [
         f"# {config.recipe}",

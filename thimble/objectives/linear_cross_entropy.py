@@ -172,5 +172,6 @@ def token_scores(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Tensor:
     for logits, index in _chunks(hidden, weight_vd, targets):
         target = logits.gather(1, index.clamp(min=0)[:, None])
         ahead = (logits >= target).sum(-1) - 1 + logits.shape[-1] * (index == IGNORE)
-        scores.append(torch.stack([_losses(logits, index), ahead == 0, (ahead >= 0) & (ahead < 5)], -1))
+        top5 = (ahead >= 0) & (ahead < 5)  # -1: the target is NaN
+        scores.append(torch.stack([_losses(logits, index), ahead == 0, top5], dim=-1))
     return torch.cat(scores).view(*targets.shape, 3)

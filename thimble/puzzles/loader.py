@@ -18,6 +18,7 @@ from thimble.errors import ConfigError, DataError
 from thimble.puzzles.dataset import FIELDS, MAKE, Metadata
 
 IGNORE = -100  # what cross entropy passes over
+_checked: set[tuple[object, ...]] = set()  # files whose values were looked at by this process
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,22 @@ class Split:
         self.puzzle_identifiers = arrays["puzzle_identifiers"]
         self.puzzles, self.groups = (arrays[name].astype(np.int64) for name in FIELDS[3:])
         shape = (int(self.puzzles[-1]), self.metadata.seq_len)
-        if not self.inputs.shape == self.labels.shape == shape or self.groups[-1] != len(
-            self.puzzle_identifiers
-        ):
-            raise DataError(f"The arrays in {folder} do not fit one another. Build it again.")
+        for name in ("inputs", "labels"):
+            if arrays[name].shape != shape:
+                raise DataError(
+                    f"{folder}/all__{name}.npy has shape {list(arrays[name].shape)}, and by "
+                    f"dataset.json and all__puzzle_indices.npy it should have {list(shape)}: the "
+                    f"files of {folder} do not fit one another. Build the data set again:\n  {MAKE}"
+                )
+        if self.groups[-1] != len(self.puzzle_identifiers):
+            raise DataError(
+                f"{folder}/all__group_indices.npy ends at puzzle {self.groups[-1]:,} of "
+                f"{len(self.puzzle_identifiers):,}: the files of {folder} do not fit one another. "
+                f"Build the data set again:\n  {MAKE}"
+            )
+        for name, array in arrays.items():
+            if name in ("inputs", "labels", "puzzle_identifiers"):
+                self._check_values(folder / f"all__{name}.npy", array)
         self.sizes = np.diff(self.puzzles)
         manifest = Path(dataset) / artifacts.MANIFEST
         made = artifacts.read_json(manifest) if manifest.is_file() else {}
@@ -77,6 +90,26 @@ class Split:
         self.fingerprint: str = made.get("fingerprint") or artifacts.fingerprint(
             [vars(self.metadata), list(shape), np.asarray(self.inputs[:64]).tolist()]
         )
+
+    def _check_values(self, path: Path, array: np.ndarray) -> None:
+        """No value beyond its alphabet; on a GPU one would end the process without a word."""
+        puzzles = path.name == "all__puzzle_identifiers.npy"
+        known = self.metadata.num_puzzle_identifiers if puzzles else self.metadata.vocab_size
+        status = path.stat()
+        key = (path.absolute(), status.st_mtime_ns, status.st_size, known)
+        if key in _checked:
+            return
+        least = -100 if path.name == "all__labels.npy" else 0  # -100: another program's IGNORE
+        for start in range(0, len(array), 1 << 16):
+            rows = array[start : start + (1 << 16)]
+            wrong = np.argwhere((rows < least) | (rows >= known))
+            if len(wrong):
+                place = tuple(wrong[0])
+                raise DataError(
+                    f"{path}, row {start + int(place[0]):,}, has the value {int(rows[place])}, and "
+                    f"dataset.json allows 0 to {known - 1}. Build the data set again:\n  {MAKE}"
+                )
+        _checked.add(key)
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -19,6 +19,7 @@ import torch
 
 from thimble import artifacts
 from thimble.config import load as configuration
+from thimble.config.describe import as_override
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 KIND = "checkpoint"
 MAKE = "thimble train RECIPE"
+PUZZLES = "puzzle_embedding.weight"
 STEP = re.compile(r"step-(\d+)$")
 
 
@@ -164,6 +166,36 @@ def tensors(directory: Path, name: str) -> dict[str, torch.Tensor]:
 
     path = directory / f"{name}.safetensors"
     return load_file(path) if path.is_file() else {}
+
+
+def begin_with(model: CausalLM | RecursiveLM, path: str) -> None:
+    """Take the weights of another run's checkpoint; its optimizer and place stay behind.
+
+    Of a model with embeddings of other puzzles all else is taken: an identifier says nothing among
+    other puzzles, so each begins as the mean of the old ones, as in TRM. Raises DataError for any
+    other difference.
+    """
+    directory, wanted = resolve(path), model.config
+    found = interop.read_config(directory)
+    before, now = found.puzzle_identifiers, wanted.puzzle_identifiers
+    other_puzzles = before != now and before > 0 and now > 0
+    if other_puzzles:
+        found = found.model_copy(update={"puzzle_identifiers": now})
+    if found != wanted:
+        theirs, ours = found.model_dump(), wanted.model_dump()
+        keys = [f"model.{k}={as_override(v)}" for k, v in theirs.items() if ours[k] != v]
+        raise DataError(
+            f"{directory} holds another model than the one configured, so it cannot begin with "
+            f"its weights. Use the model keys it was trained with:\n  {' '.join(keys)}"
+        )
+    tensors = interop.read_tensors(directory)
+    if other_puzzles:
+        tensors[PUZZLES] = tensors[PUZZLES].mean(0, keepdim=True).repeat(now, 1)
+    interop.load_native_tensors(model, tensors, directory)
+    log.info("beginning with the weights of %s", directory)
+    if other_puzzles:
+        counts = f"{before:,}", f"{now:,}"
+        log.info("it had learned %s puzzles, these are %s: each begins as their mean", *counts)
 
 
 def restore(

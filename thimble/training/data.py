@@ -112,8 +112,8 @@ def _conversations(config: Config) -> Conversations:
 
     if not config.model.causal:
         raise ConfigError(
-            "model.causal=false has no place in a language model: it would be given the words it "
-            "is asked for. Use:\n  model.causal=true"
+            f"{config.data.path} holds conversations, and model.causal=false has no place in a "
+            "language model: it would be given the words it is asked for. Use:\n  model.causal=true"
         )
     data = Conversations(config.data.folder)
     _fits(config, data.vocab_size)
@@ -121,7 +121,8 @@ def _conversations(config: Config) -> Conversations:
         raise ConfigError(
             f"{config.data.path} has examples of up to {data.seq_len} tokens, and the run has "
             f"training.sequence_length={config.training.sequence_length}. Use:\n"
-            f"  training.sequence_length={data.seq_len} model.max_position_embeddings={data.seq_len}"
+            f"  training.sequence_length={data.seq_len} "
+            f"model.max_position_embeddings={data.seq_len}"
         )
     return data
 

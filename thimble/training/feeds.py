@@ -31,7 +31,7 @@ class Feed(Protocol):
     def place(self) -> int: ...
 
     def take(self, count: int) -> np.ndarray:
-        """The numbers of the next ``count`` examples; fewer, at last none, at the end of the run."""
+        """The numbers of the next ``count`` examples; at the end of the run fewer, at last none."""
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """How many positions these examples have, int64 [N]."""

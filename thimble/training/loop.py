@@ -25,6 +25,7 @@ from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, GuardStop, Interrupted
 from thimble.models import interop
+from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import checkpoint, devices, guards, sharding
 from thimble.training.data import open_data
 from thimble.training.distributed import Processes, ProcessFailed, data_parallel
@@ -37,7 +38,6 @@ from thimble.training.saddle import SaddleWatch, in_words
 from thimble.training.signals import StopRequest
 from thimble.training.task import make_task
 
-PUZZLES = "puzzle_embedding.weight"
 REMEMBERED = 1000  # steps
 
 
@@ -98,7 +98,7 @@ class Trainer:
         self.model.compute_dtype = devices.resolve_precision(config.precision, device)
         self.model.checkpoint_activations = config.training.checkpoint_activations
         if config.training.load_checkpoint is not None:
-            self.begin_with(config.training.load_checkpoint)
+            checkpoint.begin_with(self.model, config.training.load_checkpoint)
         if config.optim.freeze_weights:
             freeze(self.model)
         # Nothing here draws from the global generators; seeded, a library below that does repeats.
@@ -109,6 +109,8 @@ class Trainer:
         if not self.sharded:
             self.model.to(device)
         self.task = make_task(config, data, self.model, device, processes, sharded=self.sharded)
+        if config.training.load_checkpoint is not None:
+            self.check_words(config.training.load_checkpoint)
         self.objective: torch.nn.Module = self.task.objective
         if self.sharded:
             sharding.shard(self.objective, device, processes.count, compiled=self.task.compiled)
@@ -132,31 +134,16 @@ class Trainer:
         self.stop_request = StopRequest(several=processes.count > 1)
         self.places: dict[int, int] = {}  # in the data, before each of the last steps
 
-    def begin_with(self, path: str) -> None:
-        """Take the weights of another run's checkpoint; its optimizer and place stay behind."""
-        directory, wanted = checkpoint.resolve(path), self.model.config
-        found = interop.read_config(directory)
-        before, puzzles = found.puzzle_identifiers, wanted.puzzle_identifiers
-        other_puzzles = before != puzzles and before > 0 and puzzles > 0
-        if other_puzzles:
-            found = found.model_copy(update={"puzzle_identifiers": puzzles})
-        if found != wanted:
+    def check_words(self, path: str) -> None:
+        """Refuse weights that know other words by the same ids."""
+        directory, ours = checkpoint.resolve(path), self.task.tokenizer
+        if ours is None or not any(directory.glob("tokenizer*")):
+            return
+        if load_tokenizer(directory).fingerprint != ours.fingerprint:
             raise DataError(
-                f"{directory} holds another model than the one configured, so it cannot begin with "
-                "its weights. Use the model keys it was trained with; `thimble inspect` shows them."
-            )
-        tensors = interop.read_tensors(directory)
-        if other_puzzles:
-            # An identifier says nothing among other puzzles, so none keeps its vector (as in TRM).
-            mean = tensors[PUZZLES].mean(0, keepdim=True)
-            tensors[PUZZLES] = mean.repeat(puzzles, 1)
-        interop.load_native_tensors(self.model, tensors, directory)
-        log.info("beginning with the weights of %s", directory)
-        if other_puzzles:
-            log.info(
-                "it had learned %s puzzles, these are %s: each begins as the mean of the old ones",
-                f"{before:,}",
-                f"{puzzles:,}",
+                f"{directory} was trained with another tokenizer than that of "
+                f"{self.config.data.path}: its weights would read other words. Make the data with "
+                f"the checkpoint's own:\n  dataset.tokenizer_path={directory}"
             )
 
     # --- the step

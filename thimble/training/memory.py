@@ -68,7 +68,8 @@ class Allocations(TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            # A sparse one has none of its own: indices and values are tensors, and counted.
+            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
                 self._add(tensor.untyped_storage())
         return result
 
@@ -144,7 +145,7 @@ def _run(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
             for _ in range(passes):
                 run().backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             if averages is not None:
                 averages.update()
             if step == 0:

@@ -142,7 +142,7 @@ def amount(config: Config) -> Amount:
 
     Of deep supervision the most it can be: that no example halts before its last step.
     """
-    data = None if config.data.path is None else open_data(config)
+    data: Any = None if config.data.path is None else open_data(config)
     training = config.training
     batch = training.micro_batch_size * training.gradient_accumulation_steps
     if config.objective.name != "act":

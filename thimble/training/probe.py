@@ -28,7 +28,9 @@ from thimble.training import devices
 from thimble.training.data import open_data
 
 STEPS = 4  # timed, after one that warms up
-LONGEST = 20.0  # seconds that a probed step may take on a CPU, or it is not run
+LONGEST = (
+    20.0  # seconds that a probed step may take on a CPU, or it is not run; then no more are begun
+)
 CPU_FLOPS = 1e11  # assumed before anything was measured, to know which steps are short enough
 
 
@@ -122,8 +124,8 @@ def main() -> None:
     data = Longest(config) if config.data.path is None else open_data(config)
     trainer = Trainer(config, data, device, Processes())
     devices.reset_peak_memory(device)
-    seconds = []
-    for _ in range(1 + STEPS):
+    seconds: list[float] = []
+    while len(seconds) < 1 + STEPS and sum(seconds) < LONGEST:
         started = time.perf_counter()
         trainer.step()
         trainer.norm.item()  # waits for the device
@@ -131,7 +133,8 @@ def main() -> None:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     memory = devices.memory_bytes(device)
-    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak_bytes": memory}))
+    timed = seconds[1:] or seconds  # the first warms up, unless it took too long already
+    print(json.dumps({"seconds": statistics.median(timed), "peak_bytes": memory}))
 
 
 if __name__ == "__main__":

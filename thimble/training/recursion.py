@@ -183,14 +183,20 @@ class RecursionTask:
 
     def hold(self, slots: np.ndarray, numbers: np.ndarray) -> Rows | None:
         """Note that these examples are now in the first of these free rows; the rest are empty."""
+        self.lengths[slots] = 0
+        nothing = np.empty(0, dtype=np.int64)
         for slot in slots:
-            self.lengths[slot], self.labels[slot] = 0, np.empty(0, dtype=np.int64)
+            self.labels[slot] = nothing
         if not len(numbers):
             return None
         rows, lengths = self.feed.rows(numbers)
-        for index, slot in enumerate(slots[: len(numbers)]):
-            self.lengths[slot], self.weights[slot] = lengths[index], rows.weight[index]
-            self.labels[slot] = np.flatnonzero(rows.labels[index].numpy() != IGNORE)
+        taken = slots[: len(numbers)]
+        self.lengths[taken], self.weights[taken] = lengths, rows.weight.numpy()
+        # The device waits for this, so all rows are looked at together.
+        row, column = np.nonzero(rows.labels.numpy() != IGNORE)
+        found = np.split(column, np.searchsorted(row, np.arange(1, len(numbers))))
+        for slot, columns in zip(taken, found, strict=True):
+            self.labels[slot] = columns
         return rows
 
     def loss(self, objective: nn.Module, piece: dict[str, Any]) -> Tensor:
@@ -284,7 +290,8 @@ class RecursionTask:
 
     def answer(self, number: int) -> str:
         """A held-out conversation: its prompt, the model's answer, and the one that was given."""
-        assert isinstance(self.data, Conversations) and self.tokenizer is not None
+        assert isinstance(self.data, Conversations)
+        assert self.tokenizer is not None
         ids, _ = self.data.example(number)
         prompt = int(self.data.examples["prompt"][number])
         room = self.model.config.max_position_embeddings - prompt

@@ -39,7 +39,7 @@ class Task(Protocol):
     selects: bool  # whether ``evaluate`` says which checkpoint is the best
 
     def micro_batches(self, state: TrainerState) -> list[Any]:
-        """What each pass of the next step is given, of this process; moves the place in the data."""
+        """What each pass of the next step gets, of this process; moves the place in the data."""
 
     def loss(self, objective: nn.Module, piece: Any) -> Tensor:
         """A pass. Over the passes and processes of a step the values add up to its loss."""
