@@ -166,7 +166,11 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
                     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         end = past + input_ids.shape[1]
         context = model.config.max_position_embeddings
-        if end > context and not retains and (position_ids is None or int(position_ids.max()) >= context):
+        if (
+            end > context
+            and not retains
+            and (position_ids is None or int(position_ids.max()) >= context)
+        ):
             raise ConfigError(
                 f"The model's context is {context} tokens, and these are {end}: shorten the prompt "
                 "or lower max_new_tokens."

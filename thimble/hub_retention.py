@@ -72,7 +72,9 @@ def states_in(cache: Cache, fresh: list[RetentionState]) -> list[RetentionState]
         cache.layers = [RetentionLayer(state) for state in fresh]
     kept = [layer.state for layer in cache.layers if isinstance(layer, RetentionLayer)]
     if len(kept) != len(fresh):
-        raise ConfigError("This cache was filled by another model, or with another number of steps.")
+        raise ConfigError(
+            "This cache was filled by another model, or with another number of steps."
+        )
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Retention in checkpoints: through our loader and transformers' the same numbers, the same words."""
+"""Retention in checkpoints: for our loader and transformers the same numbers, the same words."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ CHANGES = [
 
 @pytest.fixture(scope="module", params=CHANGES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = train(config(tmp_path_factory.mktemp("run"), None, "training.max_steps=8", *request.param))
+    run = train(
+        config(tmp_path_factory.mktemp("run"), None, "training.max_steps=8", *request.param)
+    )
     assert run.latest is not None
     return run.latest
 
@@ -104,9 +106,7 @@ def test_it_writes_beyond_its_context(checkpoint: Path) -> None:
     model = generation.load(checkpoint, device="cpu")
     assert len(model.network.new_state(1)) >= 1
     ids = list(
-        generate_ids(
-            model.network, [1, 2], max_tokens=60, temperature=1, top_k=0, top_p=1, seed=3
-        )
+        generate_ids(model.network, [1, 2], max_tokens=60, temperature=1, top_k=0, top_p=1, seed=3)
     )
     assert len(ids) == 60 > model.config.max_position_embeddings
     assert isinstance(model.generate("the kernel", max_tokens=5), str)

@@ -203,7 +203,7 @@ class TeacherConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimizer and learning-rate schedule: linear warm-up, then cosine."""
+    """Optimizer and learning-rate schedule: linear warm-up, plateau, cosine."""
 
     name: Literal["adamw", "muon", "adam_atan2"] = Field(
         default="adamw",
@@ -232,6 +232,9 @@ class OptimConfig(Section):
     )
     warmup_steps: int = Field(
         default=2000, ge=0, description="Steps from zero to the learning rate."
+    )
+    plateau_steps: int = Field(
+        default=0, ge=0, description="Steps at the learning rate between warm-up and cosine."
     )
     min_lr_ratio: Fraction = Field(
         default=0.1, description="The last learning rate, as a fraction of the highest."
@@ -296,6 +299,11 @@ class TrainingConfig(Section):
         default=None,
         min_length=1,
         description="Checkpoint or run whose weights this run begins with; null: drawn anew.",
+    )
+    init_from_teacher: bool = Field(
+        default=False,
+        description="Begin with as much of the weights of teacher.path as there is room for, in "
+        "place of drawn ones. The teacher is a llama or mistral of any size.",
     )
     skip_windows: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
         default=[],
@@ -520,6 +528,23 @@ class Config(Section):
             raise ValueError(
                 "A served teacher tells its likeliest tokens at temperature 1 only. Use:\n"
                 "  objective.temperature=1 objective.temperature_start=null teacher.sampled=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_beginning(self) -> Config:
+        if not self.training.init_from_teacher:
+            return self
+        if self.teacher.path is None or self.teacher.mode == "served":
+            raise ValueError(
+                "training.init_from_teacher begins with weights that are here: name them with "
+                "teacher.path, and use:\n  teacher.mode=direct"
+            )
+        if self.training.load_checkpoint is not None or self.model.schedule != "once":
+            raise ValueError(
+                "training.init_from_teacher is one way to begin, for a stack that runs once. Use "
+                "one of:\n  training.init_from_teacher=false\n  training.load_checkpoint=null "
+                "model.schedule=once"
             )
         return self
 
