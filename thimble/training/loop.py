@@ -146,6 +146,30 @@ class Trainer:
                 f"the checkpoint's own:\n  dataset.tokenizer_path={directory}"
             )
 
+    def begin_as_teacher(self, data: Any) -> None:
+        """As much of the teacher's weights as there is room for."""
+        from thimble.models.causal_lm import CausalLM
+        from thimble.models.from_teacher import begin
+        from thimble.teachers.models import find
+        from thimble.tokens.loader import Windows
+
+        config = self.config
+        directory = find(config.teacher.path or "")
+        teacher = interop.load_model(directory)
+        if config.teacher.adapter is not None or teacher.config.mixer != "attention":
+            raise DataError(
+                f"A student can begin with the weights of a llama or mistral that is whole, not of "
+                f"{directory} with {config.teacher.adapter or 'its mixer'}. Name the merged "
+                "checkpoint with teacher.path, without teacher.adapter."
+            )
+        assert isinstance(teacher, CausalLM)
+        assert isinstance(self.model, CausalLM)
+        windows = Windows(data.tokens, config.training.sequence_length, config.seed)
+        length = min(config.training.sequence_length, teacher.config.max_position_embeddings)
+        ids = windows.batch(0, max(1, 4096 // windows.length))[0][:, :length]
+        begin(self.model, teacher, torch.from_numpy(ids))
+        log.info("beginning with the weights of the teacher %s", directory)
+
     # --- the step
 
     def step(self) -> None:

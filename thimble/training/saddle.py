@@ -95,7 +95,12 @@ class SaddleWatch:
 
     def _found(self, step: int, loss: float, norm: float) -> dict[str, Any]:
         config, state = self.config, self.state
-        event: dict[str, Any] = {"event": "saddle", "step": step, "at_loss": loss, "grad_norm": norm}
+        event: dict[str, Any] = {
+            "event": "saddle",
+            "step": step,
+            "at_loss": loss,
+            "grad_norm": norm,
+        }
         state.quiet = step + config.cooldown
         if not config.interventions or state.count >= len(BOOSTS):
             return event | {"intervention": None}
@@ -115,12 +120,16 @@ class SaddleWatch:
         state.window = []  # what is now is judged by itself
         if escaped:
             state.count = 0
-        return {"event": "saddle_left" if escaped else "saddle_stays", "step": step, "at_loss": loss}
+        return {
+            "event": "saddle_left" if escaped else "saddle_stays",
+            "step": step,
+            "at_loss": loss,
+        }
 
 
 def in_words(event: dict[str, Any]) -> str:
     """An event of ``observe`` for a person."""
-    loss = f"the loss is {event["at_loss"]:.3f}"
+    loss = f"the loss is {event['at_loss']:.3f}"
     if event["event"] == "saddle_left":
         return f"out of the saddle: {loss}"
     if event["event"] == "saddle_stays":
