@@ -71,8 +71,10 @@ def test_interventions_grow_and_their_number_ends() -> None:
         factors.append(watch.factor(step))
     changes = [event["intervention"] for event in found if event["event"] == "saddle"]
     assert [change["learning_rate"] for change in changes[:4]] == [rate for rate, _ in BOOSTS]
-    assert changes[4:] and not any(changes[4:])  # after the last it is only told
-    assert max(factors) == 3.0 and factors[-1] == 1.0
+    assert changes[4:]
+    assert not any(changes[4:])  # after the last it is only told
+    assert max(factors) == 3.0
+    assert factors[-1] == 1.0
     assert any(event["event"] == "saddle_stays" for event in found)
 
 

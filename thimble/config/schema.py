@@ -281,7 +281,11 @@ class TrainingConfig(Section):
         "holds a shard of weights, gradients and moments, for what does not fit.",
     )
     log_every: int = Field(default=100, ge=1, description="Steps between two training records.")
-    eval_every: int = Field(default=5000, ge=1, description="Steps between two evaluations.")
+    eval_every: int = Field(
+        default=5000,
+        ge=0,
+        description="Steps between two evaluations, one at the end besides; 0: none at all.",
+    )
     save_every: int = Field(default=5000, ge=1, description="Steps between two checkpoints.")
     keep_last: int = Field(
         default=5, ge=1, description="Newest checkpoints kept, beside the best one."

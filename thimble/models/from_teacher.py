@@ -60,8 +60,8 @@ def begin(student: CausalLM, teacher: CausalLM, ids_bt: Tensor) -> None:
             f"The teacher has {theirs.vocab_size:,} tokens, fewer than the student. To begin with "
             f"its weights:\n  model.vocab_size={theirs.vocab_size}"
         )
-    hidden, seen = measure(teacher, ids_bt)
-    basis = directions(hidden, ours.hidden_size)
+    moment, seen = measure(teacher, ids_bt)
+    basis = directions(moment, ours.hidden_size)
     narrow = min(ours.hidden_size, theirs.hidden_size)
     # A norm divides by the size of fewer values, so what reads it has to make up for that.
     gain = (theirs.hidden_size / ours.hidden_size) ** 0.5
@@ -103,14 +103,16 @@ def layers(wanted: int, there: int) -> list[int]:
 
 
 def measure(teacher: CausalLM, ids_bt: Tensor) -> tuple[Tensor, list[Seen]]:
-    """Hidden states of all layers together [n, D], and what there is to know of each layer."""
-    states: list[Tensor] = []
+    """The second moment [D, D] of the hidden states of all layers, each layer counting alike
+    however large its states are; and what there is to know of each layer."""
+    width = teacher.config.hidden_size
+    states = torch.zeros(width, width, dtype=torch.float64)
     seen: list[Seen] = []
     x = F.embedding(ids_bt, teacher.embedding.weight)
     rope = teacher.rope_2tc[:, : ids_bt.shape[1]]
     for block in teacher.blocks:
         mixer: Any = block.mixer
-        states.append(x.flatten(0, 1))
+        states += _moment(x)
         normed = block.mixer_norm(x)  # type: ignore[operator]
         given: list[Tensor] = []
         handle = mixer.output.register_forward_pre_hook(
@@ -122,19 +124,23 @@ def measure(teacher: CausalLM, ids_bt: Tensor) -> tuple[Tensor, list[Seen]]:
         heads = given[0].flatten(0, 1).unflatten(-1, (mixer.num_heads, mixer.head_dim))
         outputs = torch.einsum("nhc,nhe->hce", heads, heads) / len(heads)
         seen.append(Seen(flat.mean(0), flat.t() @ flat / len(flat), outputs))
-    states.append(x.flatten(0, 1))
-    # Each layer counts alike, however large its states are.
-    return torch.cat([s / s.square().mean().sqrt() for s in states]), seen
+    return states + _moment(x), seen
 
 
-def directions(hidden: Tensor, width: int) -> Tensor:
-    """An orthonormal basis [D, at most width] of what hidden states [n, D] are made of: all of
-    their space as it is when it fits."""
-    there = hidden.shape[1]
+def _moment(x_btd: Tensor) -> Tensor:
+    flat = x_btd.flatten(0, 1).double()
+    moment = flat.t() @ flat
+    return moment / moment.trace().clamp(min=1e-12)
+
+
+def directions(moment: Tensor, width: int) -> Tensor:
+    """An orthonormal basis [D, at most width], float32, of the principal directions of a second
+    moment [D, D]; all of the space as it is when it fits."""
+    there = len(moment)
     if width >= there:
-        return torch.eye(there, dtype=hidden.dtype)
-    _, vectors = torch.linalg.eigh(hidden.double().t() @ hidden.double())
-    return vectors.flip(1)[:, :width].to(hidden.dtype).contiguous()
+        return torch.eye(there)
+    _, vectors = torch.linalg.eigh(moment)
+    return vectors.flip(1)[:, :width].float().contiguous()
 
 
 def _fill(slot: Tensor, values: Tensor) -> None:
@@ -177,7 +183,8 @@ def _mixer(
             "training.load_checkpoint, or\n  model.mixer=retention"
         )
     wanted, wide = mixer.num_heads, mixer.value_head_dim
-    strength = torch.stack([(o[h] @ v[h]).norm() for h in range(heads)])
+    # The squared norm of o @ v, without that product of all widths.
+    strength = ((o.mT @ o) * (v @ v.mT)).sum((1, 2))
     order = strength.argsort(descending=True)[: min(wanted, heads)].sort().values.tolist()
     chosen = [order[index % len(order)] for index in range(wanted)]
     mine, theirs = pairs(mixer.head_dim, size)
@@ -194,7 +201,7 @@ def _mixer(
             own[index][mine, : rows.shape[1]] = rows[:, : own.shape[2]]
         values, writes, turn = v[head], o[head], torch.eye(size)
         if wide < size:  # the directions in which most is written
-            left, strengths, right = torch.linalg.svd(writes @ values, full_matrices=False)
+            left, strengths, right = _thin_svd(writes, values)
             values, turn = strengths[:wide, None] * right[:wide], left[:, :wide].t() @ writes
             writes = left[:, :wide]
         elif wide > size:
@@ -205,6 +212,14 @@ def _mixer(
         often = share / chosen.count(head)
         _fill(own_o[:, index], often * written.sqrt() / openness * (basis.t() @ writes))
     _gate(own_g, seen, norm, basis, same)
+
+
+def _thin_svd(tall: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of tall [D, C] @ wide [C, D], which has C values."""
+    one, left = torch.linalg.qr(tall)
+    other, right = torch.linalg.qr(wide.t())
+    u, values, v = torch.linalg.svd(left @ right.t())
+    return one @ u, values, v @ other.t()
 
 
 def _gate(gate: Tensor, seen: Seen, norm: Tensor, basis: Tensor, same: bool) -> None:

@@ -280,7 +280,8 @@ class Trainer:
         step, last = self.state.step, self.done
         if step % training.log_every == 0 or last:
             self.log_step()
-        evaluate = step % training.eval_every == 0 or last
+        each = training.eval_every
+        evaluate = each > 0 and (step % each == 0 or last)
         best = self.evaluate() if evaluate else False
         if best or step % training.save_every == 0 or last:
             self.save(best)
