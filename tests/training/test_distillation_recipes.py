@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from tests.helpers_training import WINDOW, token_directory
 from thimble import api
 from thimble.config.load import load
 from thimble.config.schema import OptimConfig
+from thimble.errors import DataError
+from thimble.training.distillation import teacher_folder
 from thimble.training.optimizer import schedule
 
 # The documents' own line.
@@ -67,7 +70,7 @@ def test_the_line_of_the_quickstart(recipe: str, teacher: Path, tmp_path: Path) 
 
 
 def test_the_sanity_run_evaluates_nothing(teacher: Path, tmp_path: Path) -> None:
-    words = ["max_steps=10", "log_interval=1", "eval_interval=0"]
+    words = ["max_steps=10", "log_interval=1", "training.eval_every=0"]
     run = api.train("distill_direct", *tiny(tmp_path, f"teacher.path={teacher}", *words))
     assert run.step == 10
     assert len([r for r in run.metrics if "kl" in r]) == 10
@@ -87,13 +90,27 @@ def test_pretraining_then_a_teacher(teacher: Path, tmp_path: Path) -> None:
 def test_direct_then_cached(teacher: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     # Long enough for every window to have been asked about.
-    kept = ["cache_logits=true", f"cache_dir={cache}", "max_steps=80", "eval_interval=0"]
+    kept = ["cache_logits=true", f"cache_dir={cache}", "max_steps=80", "training.eval_every=0"]
     api.train("distill_direct", *tiny(tmp_path, f"teacher.path={teacher}", *kept))
     run = api.train(
         "distill_cached",
         *tiny(tmp_path, f"cache_dir={cache}", "teacher.topk=5"),
     )
     assert run.status == "finished"
+
+
+def test_the_newest_run_of_a_recipe_is_a_teacher(teacher: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for name in ("20260101-000000-aaaaaa", "20260102-000000-bbbbbb"):
+        (runs / name / "checkpoints").mkdir(parents=True)
+    shutil.copytree(teacher, runs / "20260101-000000-aaaaaa/checkpoints/step-000001")
+    (runs / "20260101-000000-aaaaaa/checkpoints/latest").write_text("step-000001\n")
+    # The newest has no checkpoint yet.
+    assert teacher_folder(str(runs)).parts[-3] == "20260101-000000-aaaaaa"
+    assert teacher_folder(str(teacher)) == teacher
+    assert load("distill_nano").teacher.path == "runs/slm_nano"
+    with pytest.raises(DataError, match="thimble train slm_nano"):
+        teacher_folder("runs/slm_nano")
 
 
 def test_plateau_between_warm_up_and_cosine() -> None:

@@ -35,7 +35,6 @@ NAMES = {
     "physical_batch_size": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.gradient_accumulation_steps",
     "log_interval": "training.log_every",
-    "eval_interval": "training.eval_every",
     "save_interval": "training.save_every",
     "keep_last_n": "training.keep_last",
     "train_data_path": "data.path",

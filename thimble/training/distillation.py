@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thimble.config.schema import Config
+from thimble.errors import DataError
 from thimble.evaluation import agreement
 from thimble.evaluation.perplexity import evaluate_split
 from thimble.models.causal_lm import CausalLM
@@ -146,7 +147,7 @@ def open_teacher(config: Config, examples: WindowExamples, device: torch.device)
         assert options.cache is not None
         wanted = None
         if options.path is not None:
-            wanted = identity(find(options.path), _path(options.adapter))
+            wanted = identity(teacher_folder(options.path), _path(options.adapter))
         return CachedTeacher(options.cache, examples, asked, wanted)
     asked = _within(asked, examples.vocab_size)
     if options.mode == "served":
@@ -157,6 +158,22 @@ def open_teacher(config: Config, examples: WindowExamples, device: torch.device)
         assert options.cache is not None
         return RecordingTeacher(teacher, options.cache, examples)
     return teacher
+
+
+def teacher_folder(name: str) -> Path:
+    """The folder of a teacher: as ``teachers.models.find``, or of the newest run with a checkpoint
+    in the folder of a recipe's runs."""
+    runs = sorted(Path(name).glob("*/checkpoints"), reverse=True)
+    for run in runs:
+        if any((run / pointer).is_file() for pointer in ("best", "latest")):
+            return find(run.parent)
+    if not Path(name).exists() and Path(name).parts[:1] == ("runs",):
+        recipe = Path(name).name
+        raise DataError(
+            f"There is no run in {name} to learn from. Train a teacher first, or name one with "
+            f"teacher.path:\n  thimble train {recipe}"
+        )
+    return find(name)
 
 
 def evaluation_teacher(config: Config, teacher: Teacher, device: torch.device) -> Teacher | None:
@@ -183,7 +200,7 @@ def _direct(
     options = config.teacher
     assert options.path is not None
     return open_direct(
-        options.path,
+        teacher_folder(options.path),
         examples,
         asked,
         adapter=options.adapter,

@@ -150,11 +150,11 @@ class Trainer:
         """As much of the teacher's weights as there is room for."""
         from thimble.models.causal_lm import CausalLM
         from thimble.models.from_teacher import begin
-        from thimble.teachers.models import find
         from thimble.tokens.loader import Windows
+        from thimble.training.distillation import teacher_folder
 
         config = self.config
-        directory = find(config.teacher.path or "")
+        directory = teacher_folder(config.teacher.path or "")
         teacher = interop.load_model(directory)
         if config.teacher.adapter is not None or teacher.config.mixer != "attention":
             raise DataError(
