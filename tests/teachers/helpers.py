@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ def make_teacher(folder: Path, *, seed: int = 0, extra: int = 0, **settings: Any
     return folder
 
 
+@functools.cache
+def reference(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
 @torch.no_grad()
 def logits_of(folder: Path, inputs: Any) -> Tensor:
     """What transformers says, in float64: [B, L, V]."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    return model(torch.as_tensor(np.asarray(inputs))).logits
+    return reference(folder)(torch.as_tensor(np.asarray(inputs))).logits

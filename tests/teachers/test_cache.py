@@ -200,6 +200,18 @@ def test_a_direct_run_fills_the_cache_and_does_not_ask_twice(tmp_path: Path, fol
     assert sorted(teacher.rows) == list(range(examples().count))
 
 
+def test_several_processes_of_a_run_fill_one_cache(tmp_path: Path, folder: Path) -> None:
+    teacher = direct(folder)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / cache.INDEX).touch()  # another process is a moment ahead
+    one = RecordingTeacher(teacher, tmp_path / "c", examples())
+    other = RecordingTeacher(teacher, tmp_path / "c", examples())
+    ask(one, [0, 2])
+    ask(other, [1, 3])
+    kept = CachedTeacher(tmp_path / "c", examples(), ASKED)
+    assert_kept(ask(kept, [0, 1, 2, 3]), ask(teacher, [0, 1, 2, 3]))
+
+
 def test_an_interrupted_cache_goes_on_and_is_sealed_at_the_end(
     tmp_path: Path, folder: Path
 ) -> None:
@@ -234,7 +246,7 @@ def test_a_killed_process_leaves_whole_rows_only(tmp_path: Path, folder: Path) -
         [sys.executable, "-c", KILLED, str(tmp_path / "c"), str(folder)], env=environment
     )
     index = tmp_path / "c" / cache.INDEX
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if index.exists() and (np.fromfile(index, "<u8") > 0).sum() >= 5:
             break

@@ -107,7 +107,8 @@ def test_what_may_pass_is_tried_again_and_no_more_often_than_said(
 def test_a_server_that_is_away_or_slow_is_said(
     server: TinyServer, slept: list[float], folder: Path
 ) -> None:
-    teacher = teacher_of(server, timeout=0.2, retries=1)
+    teacher = teacher_of(server, retries=1)
+    teacher.server.timeout = 0.2
     with TinyServer(folder) as other:
         away = other.url
     with pytest.raises(EnvironmentProblem, match=r"cannot be reached(.|\n)*2 attempts"):

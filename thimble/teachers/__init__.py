@@ -8,6 +8,15 @@ network (``served``). All of them give the same for the same rows of tokens: ``S
 from __future__ import annotations
 
 from thimble.teachers.asked import Asked, Targets, Teacher
-from thimble.teachers.examples import Examples, Rows, WindowExamples, open_examples
+from thimble.teachers.examples import Examples, PackedExamples, Rows, WindowExamples, open_examples
 
-__all__ = ["Asked", "Examples", "Rows", "Targets", "Teacher", "WindowExamples", "open_examples"]
+__all__ = [
+    "Asked",
+    "Examples",
+    "PackedExamples",
+    "Rows",
+    "Targets",
+    "Teacher",
+    "WindowExamples",
+    "open_examples",
+]

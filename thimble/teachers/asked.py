@@ -88,18 +88,15 @@ def narrowed(targets: Targets, k: int, temperatures: Sequence[float]) -> Targets
             weights=targets.weights[..., :k] * share,
             log_probs=targets.log_probs[..., :k],
         )
+    if k == targets.indices.shape[-1] and tuple(temperatures) == targets.temperatures:
+        return targets
     tails = []
     for temperature in temperatures:
         log_probs, tail = targets.at(temperature)
         tails.append(torch.logsumexp(torch.cat([log_probs[..., k:], tail[..., None]], -1), -1))
-    same = k == targets.indices.shape[-1] and tuple(temperatures) == targets.temperatures
-    return (
-        targets
-        if same
-        else SparseTargets(
-            targets.indices[..., :k],
-            targets.log_probs[..., :k],
-            torch.stack(tails, -1),
-            tuple(temperatures),
-        )
+    return SparseTargets(
+        targets.indices[..., :k],
+        targets.log_probs[..., :k],
+        torch.stack(tails, -1),
+        tuple(temperatures),
     )

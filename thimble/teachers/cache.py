@@ -106,7 +106,8 @@ class TeacherCache:
             cache = cls(directory)
             cache.check(description, exactly=True)
             return cache
-        if directory.is_dir() and any(directory.iterdir()):
+        there = directory.iterdir() if directory.is_dir() else ()
+        if any(path.name != INDEX and not path.name.startswith(".") for path in there):
             raise DataError(f"{directory} is not empty and not a teacher cache. Choose another.")
         size = position_bytes(asked, examples.vocab_size) * examples.length
         directory.mkdir(parents=True, exist_ok=True)
@@ -116,8 +117,9 @@ class TeacherCache:
                 f"The cache takes {needed / 2**30:.1f} GiB, {directory} has {free / 2**30:.1f} "
                 "GiB free. Ask for fewer tokens a position, or choose another disk."
             )
-        with artifacts.atomic_file(directory / INDEX) as temporary:
-            np.zeros(examples.count, dtype="<u8").tofile(temporary)
+        # Made long, not replaced: another process of the same run may have its marks in it already.
+        with open(directory / INDEX, "ab") as index:
+            index.truncate(8 * examples.count)
         layout = {"rows_per_shard": max(1, SHARD_BYTES // size), "row_bytes": size}
         artifacts.write_json(
             directory / DESCRIPTION,

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from thimble import artifacts
 from thimble.errors import ConfigError
+from thimble.tokens import packing
 from thimble.tokens.loader import Windows
+from thimble.tokens.packed import PackedChunks
 from thimble.tokens.shards import TokenSplit
 from thimble.tokens.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,10 +45,14 @@ class Examples(Protocol):
 
 
 def open_examples(directory: str | Path, split: str, length: int | None) -> Examples:
-    """The rows of a data folder; ``length`` is that of the student's windows.
+    """The rows of a data folder: packed chunks, or windows of ``length`` of a tokens folder.
 
-    Raises ConfigError where a length is needed and not given.
+    Raises ConfigError where a length is needed and not given, DataError where it is not that of
+    the chunks, or where the folder is neither.
     """
+    manifest = Path(directory) / artifacts.MANIFEST
+    if manifest.is_file() and artifacts.read_json(manifest).get("kind") == packing.KIND:
+        return PackedExamples(directory, split, length)
     if length is None:
         raise ConfigError(
             f"How long are the rows that the student reads of {directory}? Say what its recipe "
@@ -54,6 +61,37 @@ def open_examples(directory: str | Path, split: str, length: int | None) -> Exam
     if length < 1:
         raise ConfigError(f"Rows of {length} tokens: give at least 1.")
     return WindowExamples(directory, split, length)
+
+
+class PackedExamples:
+    """The chunks of a split of a packed folder, as ``tokens.packed.PackedChunks`` numbers them.
+
+    Raises DataError when the split is missing or damaged, and for another ``length``.
+    """
+
+    def __init__(self, directory: str | Path, split: str, length: int | None = None) -> None:
+        self.directory, self.split = Path(directory), split
+        self.chunks = PackedChunks(directory, split, length=length)
+        self.count, self.length = self.chunks.count, self.chunks.length
+        self.vocab_size = self.chunks.vocab_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        files = self.chunks.manifest["files"]
+        return {
+            "chunks": self.chunks.manifest["fingerprint"],
+            "sha256": artifacts.fingerprint([files[n]["sha256"] for n in self.chunks.names]),
+            "split": self.split,
+            "length": self.length,
+        }
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.directory)
+
+    def rows(self, numbers: Sequence[int] | np.ndarray) -> Rows:
+        batch = self.chunks.rows(np.asarray(numbers, dtype=np.int64))
+        return Rows(batch.inputs, batch.targets, batch.starts)
 
 
 class WindowExamples:

@@ -67,8 +67,8 @@ class Options:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        whole = ("rank", "batch_rows", "micro_batch_rows", "eval_every", "eval_rows", "save_every")
-        for name in whole:
+        for name in ("rank", "batch_rows", "micro_batch_rows", "eval_every", "eval_rows",
+                     "save_every", "log_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
         if self.max_steps is not None and self.max_steps < 1:
