@@ -9,10 +9,11 @@
 Nothing is downloaded or unpickled, and no ``trust_remote_code`` is needed: the code is this file.
 Checkpoints of attention that runs once are llama or mistral, and need no import.
 
-``generate`` gives thimble's own words. Of a recursive model each row takes as many supervision steps for all its tokens
-as its halting head asks for at the end of the prompt, or as ``generate(..., steps=N)`` says. Caches
-are exact, with a slot for every block of every call of every step. Called directly the model takes
-``halt_max_steps``, the number that losses are measured with.
+``generate`` gives thimble's own words. Of a recursive model each row takes as many supervision
+steps for all its tokens as its halting head asks for at the end of the prompt, or as
+``generate(..., steps=N)`` says. Caches are exact, with a slot for every block of every call of
+every step. Called directly the model takes ``halt_max_steps``, the number that losses are measured
+with.
 """
 
 from __future__ import annotations

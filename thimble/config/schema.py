@@ -108,8 +108,8 @@ class ObjectiveConfig(Section):
 
     name: Literal["next_token", "distill", "act"] = Field(
         default="next_token",
-        description="The loss. distill: the teacher's distribution beside the next token; act: deep "
-        "supervision with halting, of recursive models.",
+        description="The loss. distill: the teacher's distribution beside the next token; act: "
+        "deep supervision with halting, of recursive models.",
     )
     form: Literal["softmax", "stablemax"] = Field(
         default="softmax", description="With act: what makes probabilities of logits."

@@ -138,6 +138,11 @@ def evaluate_split(
     }
 
 
+def perplexity(loss: float) -> float:
+    """Of a loss in nats; beyond 700 the exponential leaves the range of a float."""
+    return math.exp(loss) if not loss > 700 else math.inf
+
+
 def _figures(
     sums: np.ndarray, tokens: float, size: float, documents: int, beside: Sequence[str]
 ) -> dict[str, Any]:
@@ -146,8 +151,7 @@ def _figures(
     measured = zip(beside, others, strict=False)
     return {
         "loss": loss,
-        # Beyond a loss of 700 the exponential leaves the range of a float.
-        "perplexity": math.exp(loss) if not loss > 700 else math.inf,
+        "perplexity": perplexity(loss),
         "bits_per_byte": float(nats) / math.log(2) / int(size),
         "tokens": int(tokens),
         "bytes": int(size),

@@ -6,16 +6,16 @@ as it was drawn:
     width        the same, or the principal directions of the teacher's hidden states
     layers       evenly spaced ones; where there are too few each comes several times, so much less
     heads        those whose way through the residual stream is the strongest
-    head widths  of queries and keys the rotary pairs nearest in wavelength, of values the directions
-                 that carry the most of what a head writes
+    head widths  of queries and keys the rotary pairs nearest in wavelength, of values the
+                 directions that carry the most of what a head writes
     SwiGLU       the inner values of the largest weights
 
-Retention has no softmax: its outputs are normalised and gated. So each head's output columns take
-the size that the teacher's attention had, and the gate begins as nearly constant as a linear
-function of its input can be, the least squares solution of "always ``OPEN``". Both are measured on a
-few windows of text. Queries and keys are copied as they are, so a head begins with what it attends
-to, and forgets at the student's own rates. (SUPRA, arXiv:2405.06640, and MOHAWK, arXiv:2408.10189,
-begin alike.)
+Retention has no softmax: it weighs by q . k, where attention weighs by exp(q . k), about 1 + q . k.
+So each head's slowest rotary pair is given up for the 1: both become as nearly constant as a linear
+function of the input can be, the least squares solution of "always 1". The gate begins as such a
+constant, too, and a head's output columns take the size that the teacher's attention wrote in, since
+retention's outputs are normalised. These are measured on a few windows of text. A head forgets at
+the student's own rate. (SUPRA, arXiv:2405.06640, and MOHAWK, arXiv:2408.10189, begin alike.)
 
 Shapes: D, d widths of teacher and student; W = [outputs, inputs] as everywhere.
 """
@@ -211,7 +211,14 @@ def _mixer(
         written = (turn @ seen.outputs[head].to(turn.dtype) @ turn.t()).trace() / wide
         often = share / chosen.count(head)
         _fill(own_o[:, index], often * written.sqrt() / openness * (basis.t() @ writes))
-    _gate(own_g, seen, norm, basis, same)
+    row = _constant(seen, norm, basis, mixer.qkvg.weight.shape[1], same).to(own_g.dtype)
+    slow, half = mixer.head_dim // 2 - 1, mixer.head_dim // 2
+    for own in (own_q, own_k):  # 1 + q . k / sqrt(C), but for a factor
+        own[:, slow] = 0
+        own[:, slow, : len(row)] = size**0.25 * row
+        own[:, slow + half] = 0
+    own_g.mul_(0.1)  # the rows have to be able to become different
+    own_g[:, : len(row)] += OPEN * row
 
 
 def _thin_svd(tall: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,17 +229,15 @@ def _thin_svd(tall: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return one @ u, values, v @ other.t()
 
 
-def _gate(gate: Tensor, seen: Seen, norm: Tensor, basis: Tensor, same: bool) -> None:
-    """Every row begins as ``OPEN``, as nearly as a linear function of the input can."""
+def _constant(seen: Seen, norm: Tensor, basis: Tensor, width: int, same: bool) -> Tensor:
+    """The row whose product with the student's input is 1, as nearly as it can be; float64."""
     moment, mean = seen.moment, seen.mean
     if not same:  # the student's input is the teacher's, before its scale, along the basis
         scale = (basis.double() / norm.double()[:, None].clamp(min=1e-6)).t()
-        ratio = gate.shape[1] / len(norm)
+        ratio = width / len(norm)
         moment, mean = scale @ moment @ scale.t() * ratio, scale @ mean * ratio**0.5
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(mean), dtype=moment.dtype)
-    row = OPEN * torch.linalg.solve(moment + ridge, mean)
-    gate.mul_(0.1)  # the rows have to be able to become different
-    gate[:, : len(row)] += row.to(gate.dtype)
+    return torch.linalg.solve(moment + ridge, mean)
 
 
 def pairs(wanted: int, there: int) -> tuple[list[int], list[int]]:

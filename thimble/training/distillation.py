@@ -1,4 +1,4 @@
-"""Distillation: windows of a token stream, and what a teacher says about each of their positions."""
+"""Distillation: rows of tokens, and what a teacher says about each of their positions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from thimble.config.schema import Config
 from thimble.errors import DataError
 from thimble.evaluation import agreement
-from thimble.evaluation.perplexity import evaluate_split
 from thimble.models.causal_lm import CausalLM
 from thimble.models.recursive import RecursiveLM
 from thimble.objectives.distillation import Blend, Distillation, blend, temperatures
-from thimble.teachers import Asked, Teacher, WindowExamples
+from thimble.teachers import Asked, Examples, Teacher, open_examples
 from thimble.teachers.cache import CachedTeacher, RecordingTeacher
 from thimble.teachers.direct import DirectTeacher, open_direct
 from thimble.teachers.models import find, identity
+from thimble.tokens.packed import PackedChunks
 from thimble.tokens.shards import TokenSplit
 from thimble.training.checkpoint import TrainerState
 from thimble.training.distributed import Processes
@@ -35,7 +35,7 @@ class DistillTask(NextTokenTask):
     def __init__(
         self,
         config: Config,
-        data: TokenSplit,
+        data: TokenSplit | PackedChunks,
         model: CausalLM | RecursiveLM,
         device: torch.device,
         processes: Processes,
@@ -44,7 +44,7 @@ class DistillTask(NextTokenTask):
     ) -> None:
         super().__init__(config, data, model, device, processes, sharded=sharded)
         length = config.training.sequence_length
-        self.examples = WindowExamples(config.data.folder, "train", length)
+        self.examples = open_examples(config.data.folder, "train", length)
         self.teacher = open_teacher(config, self.examples, device)
         self.blend = blend(config.objective, 0, self.max_steps)
         # Cross-entropy, divergence, positions: of the steps since the last record.
@@ -58,8 +58,10 @@ class DistillTask(NextTokenTask):
         return super().micro_batches(state)
 
     def loss(self, objective: nn.Module, piece: Piece) -> Tensor:
-        said = self.teacher.targets(piece.numbers, piece.inputs)
-        found = objective(piece.inputs, piece.targets, self.starts(piece.inputs), said, self.blend)
+        apart = piece.starts if self.windows.apart else None
+        said = self.teacher.targets(piece.numbers, piece.inputs, apart)
+        starts = self.seen(piece.starts)
+        found = objective(piece.inputs, piece.targets, starts, said, self.blend)
         count = (piece.targets != -100).sum()
         self.sums += torch.stack([found.cross_entropy, found.divergence, count]).float()
         return found.loss * piece.scale
@@ -79,18 +81,10 @@ class DistillTask(NextTokenTask):
 
     def evaluate(self) -> dict[str, Any]:
         """Perplexity as of every language model, likeness to the teacher, calibration."""
-        config = self.config
-        teacher = evaluation_teacher(config, self.teacher, self.device)
-        found = evaluate_split(
-            functools.partial(
-                self.processes.by_rows, functools.partial(self.position_scores, teacher)
-            ),
-            TokenSplit(config.data.folder, "val"),
-            config.training.sequence_length,
-            config.training.micro_batch_size * self.processes.count,
-            config.evaluation.max_tokens,
-            device=self.device,
-            beside=agreement.names(teacher=teacher is not None),
+        teacher = evaluation_teacher(self.config, self.teacher, self.device)
+        found = self.measured(
+            functools.partial(self.position_scores, teacher),
+            agreement.names(teacher=teacher is not None),
         )
         likeness = {f"val_{n}": found[n] for n in agreement.TEACHER_NAMES if n in found}
         return {
@@ -99,9 +93,14 @@ class DistillTask(NextTokenTask):
             "val_calibration_error": agreement.calibration_error(found),
         }
 
-    def position_scores(self, teacher: Teacher | None, inputs: Tensor, targets: Tensor) -> Tensor:
-        said: Any = teacher and teacher.targets(range(len(inputs)), inputs)
-        hidden = self.model.hidden(inputs, starts_bt=self.starts(inputs))
+    def position_scores(
+        self, teacher: Teacher | None, inputs: Tensor, targets: Tensor, starts: Tensor
+    ) -> Tensor:
+        said: Any = None
+        if teacher is not None:
+            apart = starts if self.windows.apart else None
+            said = teacher.targets(range(len(inputs)), inputs, apart)
+        hidden = self.model.hidden(inputs, starts_bt=self.seen(starts))
         return agreement.position_scores(hidden, self.model.head.weight, targets, said)
 
     # --- checkpoints
@@ -139,7 +138,7 @@ def asked_of(config: Config) -> Asked:
     return Asked(k, tuple(levels), teacher.sampled, config.seed)
 
 
-def open_teacher(config: Config, examples: WindowExamples, device: torch.device) -> Teacher:
+def open_teacher(config: Config, examples: Examples, device: torch.device) -> Teacher:
     """The teacher of a run; see ``thimble.teachers`` for what is raised."""
     options, asked = config.teacher, asked_of(config)
     teacher: Teacher
@@ -189,13 +188,13 @@ def evaluation_teacher(config: Config, teacher: Teacher, device: torch.device) -
         return teacher  # a served one, which knows temperature 1 only
     if config.teacher.path is None:
         return None
-    examples = WindowExamples(config.data.folder, "val", 1)
+    examples = open_examples(config.data.folder, "val", config.training.sequence_length)
     asked = _within(Asked(config.teacher.topk), examples.vocab_size)
     return _direct(config, examples, asked, device)
 
 
 def _direct(
-    config: Config, examples: WindowExamples, asked: Asked, device: torch.device
+    config: Config, examples: Examples, asked: Asked, device: torch.device
 ) -> DirectTeacher:
     options = config.teacher
     assert options.path is not None
@@ -209,7 +208,7 @@ def _direct(
     )
 
 
-def _served(config: Config, examples: WindowExamples, asked: Asked) -> Teacher:
+def _served(config: Config, examples: Examples, asked: Asked) -> Teacher:
     from thimble.teachers.served import ServedTeacher
 
     assert config.teacher.url is not None

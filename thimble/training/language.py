@@ -1,9 +1,10 @@
-"""Next-token training on windows of a token stream."""
+"""Next-token training on windows of a token stream, or on packed chunks."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,24 +15,27 @@ from thimble.evaluation.perplexity import evaluate_split
 from thimble.generation.sampling import generate_ids
 from thimble.models.causal_lm import CausalLM
 from thimble.models.recursive import RecursiveLM
-from thimble.models.retention import document_starts
 from thimble.objectives.linear_cross_entropy import token_losses
 from thimble.objectives.next_token import NextToken
-from thimble.tokens.loader import Windows
+from thimble.tokens.packed import PackedChunks
 from thimble.tokens.shards import TokenSplit
 from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import devices
 from thimble.training.checkpoint import TrainerState
 from thimble.training.compilation import should_compile
+from thimble.training.data import open_data
 from thimble.training.distributed import Processes
 from thimble.training.plan import total_steps
+from thimble.training.rows import Measure, evaluate_chunks, open_rows
 
 
 class Piece(NamedTuple):
-    """A pass: inputs and targets [B, T], the windows' numbers [B], what the sum is scaled by."""
+    """A pass: inputs, targets and starts of documents [B, T], the rows' numbers [B], what the sum
+    is scaled by."""
 
     inputs: Tensor
     targets: Tensor
+    starts: Tensor
     numbers: list[int]
     scale: float
 
@@ -44,7 +48,7 @@ class NextTokenTask:
     def __init__(
         self,
         config: Config,
-        data: TokenSplit,
+        data: TokenSplit | PackedChunks,
         model: CausalLM | RecursiveLM,
         device: torch.device,
         processes: Processes,
@@ -53,7 +57,7 @@ class NextTokenTask:
     ) -> None:
         self.config, self.model, self.device, self.processes = config, model, device, processes
         self.sharded = sharded
-        self.windows = Windows(data.tokens, config.training.sequence_length, config.seed)
+        self.windows = open_rows(data, config.training.sequence_length, config.seed)
         training = config.training
         self.micro = training.micro_batch_size
         self.batch_size = self.micro * training.gradient_accumulation_steps
@@ -67,7 +71,7 @@ class NextTokenTask:
             model, compiled=self.compiled and not sharded
         )
         self.tokenizer = load_tokenizer(config.data.folder)
-        self.end_id: int = data.eot_id
+        self.end_id: int = self.windows.end_id
         self.fingerprint: str = data.manifest["fingerprint"]
 
     def make_objective(self, model: CausalLM | RecursiveLM, *, compiled: bool) -> nn.Module:
@@ -77,13 +81,12 @@ class NextTokenTask:
         for first, end in sorted(self.config.training.skip_windows):
             if first < state.windows + self.batch_size and state.windows < end:
                 state.windows = end
-        numbers = self.windows.order(state.windows, self.batch_size)
-        inputs, targets = self.windows.rows(numbers)
+        inputs, targets, starts, numbers = self.windows.batch(state.windows, self.batch_size)
         # The mean over all targets of the step: whatever way it is split, the same gradient.
         count = int((targets != -100).sum())
         state.windows += self.batch_size
         state.tokens += count
-        mine = devices.send(self.device, inputs[self.rows], targets[self.rows])
+        mine = devices.send(self.device, *(x[self.rows] for x in (inputs, targets, starts)))
         pieces = zip(*(tensor.split(self.micro) for tensor in mine), strict=True)
         wanted = numbers[self.rows].tolist()
         parts = [wanted[at : at + self.micro] for at in range(0, len(wanted), self.micro)]
@@ -93,11 +96,11 @@ class NextTokenTask:
         ]
 
     def loss(self, objective: nn.Module, piece: Piece) -> Tensor:
-        starts = self.starts(piece.inputs)
-        return objective(piece.inputs, piece.targets, starts) * piece.scale
+        return objective(piece.inputs, piece.targets, self.seen(piece.starts)) * piece.scale
 
-    def starts(self, inputs: Tensor) -> Tensor | None:
-        return document_starts(self.model.config, inputs, self.end_id)
+    def seen(self, starts: Tensor) -> Tensor | None:
+        """Where documents begin, for a model that keeps them apart."""
+        return starts if self.model.config.mixer == "retention" else None
 
     def settle(self) -> None:
         pass
@@ -115,27 +118,40 @@ class NextTokenTask:
         return {}
 
     def evaluate(self) -> dict[str, Any]:
+        return self.figures(self.measured(self.token_losses))
+
+    def measured(self, measure: Measure, beside: Sequence[str] = ()) -> dict[str, Any]:
+        """Of the validation split, what ``measure`` gives of each position; see
+        ``perplexity.evaluate_split``."""
         config = self.config
-        result = evaluate_split(
-            functools.partial(self.processes.by_rows, self.token_losses),
-            TokenSplit(config.data.folder, "val"),
-            config.training.sequence_length,
-            config.training.micro_batch_size * self.processes.count,
-            config.evaluation.max_tokens,
+        by_rows = functools.partial(self.processes.by_rows, measure)
+        rows = config.training.micro_batch_size * self.processes.count
+        most, names = config.evaluation.max_tokens, list(beside)
+        held_out = open_data(config, "val")
+        if isinstance(held_out, PackedChunks):
+            return evaluate_chunks(by_rows, held_out, rows, most, self.device, names)
+        length = config.training.sequence_length
+        return evaluate_split(
+            lambda inputs, targets: by_rows(inputs, targets, inputs == self.end_id),
+            held_out,
+            length,
+            rows,
+            most,
             device=self.device,
+            beside=names,
         )
-        return self.figures(result)
 
     def figures(self, result: dict[str, Any]) -> dict[str, Any]:
         return {
             "val_loss": result["loss"],
             "val_perplexity": result["perplexity"],
-            "val_bits_per_byte": result["bits_per_byte"],
+            # Of packed chunks nobody knows the bytes.
+            **{"val_bits_per_byte": result[name] for name in ("bits_per_byte",) if name in result},
             "val_tokens": result["tokens"],
         }
 
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.model.hidden(inputs, starts_bt=self.starts(inputs))
+    def token_losses(self, inputs: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        hidden = self.model.hidden(inputs, starts_bt=self.seen(starts))
         return token_losses(hidden, self.model.head.weight, targets)
 
     def samples(self) -> list[str]:
@@ -162,6 +178,8 @@ class NextTokenTask:
     def baselines(self) -> dict[str, float]:
         from thimble.evaluation.baselines import known_rungs
 
+        if self.windows.apart:
+            return {}
         return known_rungs(self.config.data.folder, "val")
 
     def cursor(self, state: TrainerState) -> dict[str, Any]:

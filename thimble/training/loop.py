@@ -150,8 +150,8 @@ class Trainer:
         """As much of the teacher's weights as there is room for."""
         from thimble.models.causal_lm import CausalLM
         from thimble.models.from_teacher import begin
-        from thimble.tokens.loader import Windows
         from thimble.training.distillation import teacher_folder
+        from thimble.training.rows import open_rows
 
         config = self.config
         directory = teacher_folder(config.teacher.path or "")
@@ -164,9 +164,10 @@ class Trainer:
             )
         assert isinstance(teacher, CausalLM)
         assert isinstance(self.model, CausalLM)
-        windows = Windows(data.tokens, config.training.sequence_length, config.seed)
-        length = min(config.training.sequence_length, teacher.config.max_position_embeddings)
-        ids = windows.batch(0, max(1, 4096 // windows.length))[0][:, :length]
+        wanted = config.training.sequence_length
+        length = min(wanted, teacher.config.max_position_embeddings)
+        rows = open_rows(data, wanted, config.seed)
+        ids = rows.batch(0, max(1, 4096 // wanted)).inputs[:, :length]
         begin(self.model, teacher, torch.from_numpy(ids))
         log.info("beginning with the weights of the teacher %s", directory)
 
