@@ -123,7 +123,8 @@ def test_any_size_begins_nearer_to_its_teacher(changes: dict[str, Any]) -> None:
     before = away(young)
     begin(young, wise, ids_of())
     assert all(torch.isfinite(parameter).all() for parameter in young.parameters())
-    assert away(young) < 0.8 * before
+    # As near as it can be where nothing has to be left out.
+    assert away(young) < (0.1 if changes in ({}, {"value_head_dim": 16}) else 0.95) * before
 
 
 def test_every_weight_can_learn() -> None:

@@ -13,9 +13,10 @@ as it was drawn:
 Retention has no softmax: it weighs by q . k, where attention weighs by exp(q . k), about 1 + q . k.
 So each head's slowest rotary pair is given up for the 1: both become as nearly constant as a linear
 function of the input can be, the least squares solution of "always 1". The gate begins as such a
-constant, too, and a head's output columns take the size that the teacher's attention wrote in, since
-retention's outputs are normalised. These are measured on a few windows of text. A head forgets at
-the student's own rate. (SUPRA, arXiv:2405.06640, and MOHAWK, arXiv:2408.10189, begin alike.)
+constant, too, and a head's output columns take the size that the teacher's attention wrote in,
+since retention's outputs are normalised. These are measured on a few windows of text. A head
+forgets at the student's own rate. (SUPRA, arXiv:2405.06640, and MOHAWK, arXiv:2408.10189, begin
+alike.)
 
 Shapes: D, d widths of teacher and student; W = [outputs, inputs] as everywhere.
 """

@@ -2,7 +2,8 @@
 
 A plain attention model is a ``llama``, or a ``mistral`` where LlamaConfig refuses its shape (a
 hidden size that the number of heads does not divide). Both have the same tensors. Recursive models
-and retention have files of their own (``interop_recursive``, ``interop_retention``); an ``hrm_text`` is read as one (``interop_hrm_text``).
+and retention have files of their own (``interop_recursive``, ``interop_retention``); an
+``hrm_text`` is read as one (``interop_hrm_text``).
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from thimble.config.model import ModelConfig
 from thimble.errors import DataError, nearest
-from thimble.models.recursive import RecursiveLM
 
 MODEL_TYPE = "thimble_recursive"
 ARCHITECTURE = "ThimbleRecursiveForCausalLM"
