@@ -14,7 +14,7 @@ from thimble.errors import DataError
 from thimble.evaluation import agreement
 from thimble.models.causal_lm import CausalLM
 from thimble.models.recursive import RecursiveLM
-from thimble.objectives.distillation import Blend, Distillation, blend, temperatures
+from thimble.objectives.distillation import Distillation, blend, temperatures
 from thimble.teachers import Asked, Examples, Teacher, open_examples
 from thimble.teachers.cache import CachedTeacher, RecordingTeacher
 from thimble.teachers.direct import DirectTeacher, open_direct

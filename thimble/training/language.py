@@ -142,13 +142,9 @@ class NextTokenTask:
         )
 
     def figures(self, result: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "val_loss": result["loss"],
-            "val_perplexity": result["perplexity"],
-            # Of packed chunks nobody knows the bytes.
-            **{"val_bits_per_byte": result[name] for name in ("bits_per_byte",) if name in result},
-            "val_tokens": result["tokens"],
-        }
+        # Of packed chunks nobody knows the bytes.
+        names = ("loss", "perplexity", "bits_per_byte", "tokens")
+        return {f"val_{name}": result[name] for name in names if name in result}
 
     def token_losses(self, inputs: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         hidden = self.model.hidden(inputs, starts_bt=self.seen(starts))
