@@ -15,6 +15,7 @@ from thimble import api
 from thimble.config.load import load
 from thimble.config.schema import OptimConfig
 from thimble.errors import DataError
+from thimble.sweep.words import Words
 from thimble.training.distillation import teacher_folder
 from thimble.training.optimizer import schedule
 
@@ -127,3 +128,7 @@ def test_plateau_between_warm_up_and_cosine() -> None:
 def test_names_of_the_documents() -> None:
     config = load("distill_nano", ["teacher.path=x", "teacher.temperature=3", "distill_alpha=0.7"])
     assert (config.objective.temperature, config.objective.distill_alpha) == (3, 0.7)
+    words = ["teacher.topk=8,16", "teacher.temperature=1,2", "objective.distill_alpha=0.1"]
+    found = Words.sorted_from(words, {})
+    assert found.values() == {"teacher.topk": ["8", "16"], "objective.temperature": ["1", "2"]}
+    assert found.fixed == {"objective.distill_alpha": 0.1}
