@@ -155,7 +155,7 @@ class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
         past = int(cache.get_seq_length()) if cache is not None else 0
         state: Any = None
         if cache is not None:
-            state = states_in(cache, list(model.new_state(len(input_ids))))  # type: ignore[arg-type]
+            state = states_in(cache, list(model.new_state(len(input_ids))))
         hidden = model.hidden(input_ids, state, starts_in(attention_mask, past))
         if isinstance(logits_to_keep, int):
             hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from thimble.config.schema import Config
+from thimble.errors import ConfigError
 from thimble.evaluation.perplexity import evaluate_split
 from thimble.generation.sampling import generate_ids
 from thimble.models.causal_lm import CausalLM
@@ -66,6 +67,11 @@ class NextTokenTask:
         self.max_steps = total_steps(config, self.per_epoch)
         self.compiled = should_compile(config, model, self.max_steps, device)
         if isinstance(model, RecursiveLM):
+            if sharded:
+                raise ConfigError(
+                    "A recursive model is small, and its weights are used again and again: "
+                    "sharding has nothing to give. Use:\n  training.data_parallel=ddp"
+                )
             model.q_head.requires_grad_(False)  # nothing here says when to halt
         self.objective: nn.Module = self.make_objective(
             model, compiled=self.compiled and not sharded
