@@ -95,10 +95,9 @@ class NextTokenTask:
         mine = devices.send(self.device, *(x[self.rows] for x in (inputs, targets, starts)))
         pieces = zip(*(tensor.split(self.micro) for tensor in mine), strict=True)
         wanted = numbers[self.rows].tolist()
-        parts = [wanted[at : at + self.micro] for at in range(0, len(wanted), self.micro)]
         return [
-            Piece(*piece, part, 1 / max(count, 1))
-            for piece, part in zip(pieces, parts, strict=True)
+            Piece(a, b, c, wanted[at * self.micro : (at + 1) * self.micro], 1 / max(count, 1))
+            for at, (a, b, c) in enumerate(pieces)
         ]
 
     def loss(self, objective: nn.Module, piece: Piece) -> Tensor:

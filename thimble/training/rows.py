@@ -94,7 +94,7 @@ def evaluate_chunks(
     if max_tokens is not None:
         wanted = max(1, min(wanted, max_tokens // chunks.length))
     numbers = np.linspace(0, len(chunks) - 1, wanted).round().astype(np.int64)
-    sums, count = 0.0, 0
+    sums, count = np.zeros(1 + len(beside)), 0
     with torch.no_grad():
         for first in range(0, wanted, batch_size):
             # The last batch is filled up with rows in which nothing counts: one shape for all.
@@ -106,7 +106,7 @@ def evaluate_chunks(
             found = measure(*parts)
             sums = sums + found.reshape(targets.size, -1).double().sum(0).cpu().numpy()
             count += int((targets != -100).sum())
-    means = np.asarray(sums) / max(count, 1)
+    means = sums / max(count, 1)
     return {
         "loss": float(means[0]),
         "perplexity": perplexity(float(means[0])),
