@@ -99,6 +99,8 @@ class Trainer:
         self.model.checkpoint_activations = config.training.checkpoint_activations
         if config.training.load_checkpoint is not None:
             checkpoint.begin_with(self.model, config.training.load_checkpoint)
+        if config.training.init_from_teacher:
+            self.begin_as_teacher(data)
         if config.optim.freeze_weights:
             freeze(self.model)
         # Nothing here draws from the global generators; seeded, a library below that does repeats.
