@@ -19,7 +19,9 @@ from thimble.api_data import (
     build_maze,
     build_sudoku,
     build_tokens,
+    cache_teacher,
     download_data,
+    finetune_teacher,
     pack_tokens,
 )
 from thimble.console import log
@@ -48,6 +50,7 @@ __all__ = [
     "build_maze",
     "build_sudoku",
     "build_tokens",
+    "cache_teacher",
     "chat",
     "compare",
     "doctor",
@@ -58,6 +61,7 @@ __all__ = [
     "export_gguf",
     "export_onnx",
     "export_transformers",
+    "finetune_teacher",
     "generate",
     "inspect",
     "load",

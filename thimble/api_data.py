@@ -1,4 +1,4 @@
-"""The part of ``thimble.api`` that makes data: corpora, tokens, conversations, puzzles."""
+"""The part of ``thimble.api`` that makes data: corpora, tokens, conversations, teachers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from thimble.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from thimble.conversations.build import Built
     from thimble.corpora.download import Downloads
+    from thimble.teachers.fill import Filled
+    from thimble.teachers.finetune import Finetuned
     from thimble.tokens.packing import Packed
 
 PathLike = str | Path
@@ -186,4 +188,67 @@ def find_corpus(corpus: PathLike) -> Path:
         raise ConfigError(f"There are {len(found)} corpora named {corpus}. Choose one:{lines}")
     raise DataError(
         f"There is no corpus {corpus} in {home}. Make it with:\n  thimble corpus build {corpus}"
+    )
+
+
+def cache_teacher(
+    teacher: PathLike,
+    tokens: PathLike,
+    *,
+    split: str = "train",
+    sequence_length: int | None = None,
+    topk: int = 64,
+    samples: int | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    seed: int = 1,
+    **options: Any,
+) -> Filled:
+    """Ask a teacher about every row of a data set and keep what it says; goes on where it was.
+
+    ``teacher``: a folder, a run of ours, a model on the hub, or a server's address. Kept are the
+    ``topk`` likeliest tokens and the tail's mass at each temperature, or, with ``samples``, so many
+    draws. ``options``: ``output``, ``adapter``, ``served_model``, ``device``, ``precision``,
+    ``ram_disk``, ``batch_positions``, as in ``thimble.teachers.fill.cache``.
+    """
+    from thimble.teachers.asked import Asked
+    from thimble.teachers.fill import cache
+
+    asked = Asked(samples or topk, tuple(temperatures), samples is not None, seed)
+    return cache(teacher, tokens, asked, split=split, length=sequence_length, **options)
+
+
+def finetune_teacher(
+    teacher: PathLike,
+    tokens: PathLike,
+    *,
+    output: PathLike | None = None,
+    sequence_length: int | None = None,
+    resume: PathLike | None = None,
+    ram_disk: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    **options: Any,
+) -> Finetuned:
+    """Make a teacher used to the data by LoRA; writes an adapter and a merged checkpoint.
+
+    ``resume``: ``auto``, or a checkpoint. ``options`` as in ``thimble.teachers.finetune.Options``:
+    ``rank``, ``learning_rate``, ``max_steps``, ``batch_rows`` and others.
+    """
+    from thimble.teachers import finetune
+    from thimble.teachers.examples import open_examples
+    from thimble.training.devices import resolve_device
+
+    chosen = finetune.Options(**options)
+    rows, held_out = (open_examples(tokens, split, sequence_length) for split in ("train", "val"))
+    folder = Path("runs/teachers") / f"{Path(teacher).name}-{Path(tokens).name}"
+    return finetune.finetune(
+        teacher,
+        rows,
+        held_out,
+        output or folder,
+        chosen,
+        device=resolve_device(device),
+        precision=precision,
+        ram_disk=ram_disk,
+        resume=resume,
     )

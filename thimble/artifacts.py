@@ -24,6 +24,7 @@ from thimble.errors import DISK_FULL, DataError, EnvironmentProblem, disk_proble
 MANIFEST = "manifest.json"
 FORMAT = 1
 TEMPORARY = ".incomplete-"
+LOCK = ".lock"
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -188,7 +189,7 @@ def write_manifest(
             "sha256": sha256_file(file),
         }
         for file in sorted(directory.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and file.name != MANIFEST and file.name != LOCK
     }
     manifest = {
         "kind": kind,
@@ -272,7 +273,7 @@ def locked(directory: str | Path, what: str) -> Iterator[None]:
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / ".lock"
+    path = directory / LOCK
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The verbs that make data: a corpus, tokens, conversations, puzzles."""
+"""The verbs that make data: a corpus, tokens, conversations, puzzles, what a teacher says."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from thimble.command import (
     corpus_app,
     data_app,
     puzzles_build_app,
+    teacher_app,
     tokens_app,
     verb,
 )
 from thimble.errors import ConfigError
 from thimble.words import (
+    Adapter,
+    Device,
     Generate,
     GenerateTest,
     OutputFolder,
+    Precision,
     PuzzleSeed,
+    RamDisk,
+    RowLength,
     Source,
     Subsample,
+    TeacherModel,
+    TeacherTokens,
     Workers,
     settings_of,
 )
@@ -278,4 +286,100 @@ def puzzles_build_arc(
         max_side=max_side,
         seed=seed,
         workers=workers,
+    )
+
+
+@verb(teacher_app, "cache")
+def teacher_cache(
+    teacher: TeacherModel,
+    tokens: TeacherTokens,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
+    sequence_length: RowLength = None,
+    topk: Annotated[int, typer.Option(min=1, metavar="K", help="Likeliest tokens kept.")] = 64,
+    samples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Keep so many draws instead.")
+    ] = None,
+    temperatures: Annotated[
+        str, typer.Option(help="At which the tail is known: 1,2; draws: the one they are of.")
+    ] = "1",
+    adapter: Adapter = None,
+    served_model: Annotated[
+        str | None, typer.Option(help="Which model, where a server has several.")
+    ] = None,
+    output: OutputFolder = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 1,
+    ram_disk: RamDisk = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> Any:
+    """Ask a teacher about every position once, and keep what it says."""
+    try:
+        numbers = [float(word) for word in temperatures.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--temperatures {temperatures}: give numbers such as 1 or 1,2."
+        ) from None
+    return api.cache_teacher(
+        teacher,
+        tokens,
+        split=split,
+        sequence_length=sequence_length,
+        topk=topk,
+        samples=samples,
+        temperatures=numbers,
+        adapter=adapter,
+        served_model=served_model,
+        output=output,
+        seed=seed,
+        ram_disk=ram_disk,
+        device=device,
+        precision=precision,
+    )
+
+
+@verb(teacher_app, "finetune")
+def teacher_finetune(
+    teacher: TeacherModel,
+    tokens: TeacherTokens,
+    sequence_length: RowLength = None,
+    rank: Annotated[int | None, typer.Option(help="Of the change; default 64.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default 1e-4.")] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", help="Default: one epoch.")] = None,
+    batch_rows: Annotated[int | None, typer.Option(help="Rows of a step; default 8.")] = None,
+    micro_batch_rows: Annotated[
+        int | None, typer.Option(help="Of them at a time; default 2.")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(metavar="N", help="Steps; default 200.")] = None,
+    save_every: Annotated[int | None, typer.Option(metavar="N", help="Steps; default 200.")] = None,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Less memory, a third more time.")
+    ] = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="[auto|PATH]", help="Go on: the newest, or this one.")
+    ] = None,
+    output: OutputFolder = None,
+    ram_disk: RamDisk = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> Any:
+    """Make a teacher used to the data by LoRA: an adapter, and the whole model with it."""
+    return api.finetune_teacher(
+        teacher,
+        tokens,
+        sequence_length=sequence_length,
+        **given(
+            rank=rank,
+            learning_rate=learning_rate,
+            max_steps=max_steps,
+            batch_rows=batch_rows,
+            micro_batch_rows=micro_batch_rows,
+            eval_every=eval_every,
+            save_every=save_every,
+        ),
+        checkpoint_activations=checkpoint_activations,
+        resume=resume,
+        output=output,
+        ram_disk=ram_disk,
+        device=device,
+        precision=precision,
     )

@@ -15,7 +15,7 @@ from thimble import __version__
 from thimble.console import setup
 from thimble.terminal import show
 
-FIRST = ("data", "corpus", "tokens", "conversations", "puzzles")
+FIRST = ("data", "corpus", "tokens", "conversations", "puzzles", "teacher")
 
 
 class InOrder(TyperGroup):
@@ -42,6 +42,7 @@ conversations_app = typer.Typer(suggest_commands=False)
 puzzles_app = typer.Typer(suggest_commands=False)
 puzzles_build_app = typer.Typer(suggest_commands=False)
 export_app = typer.Typer(suggest_commands=False)
+teacher_app = typer.Typer(suggest_commands=False)
 app.add_typer(data_app, name="data", help="Data sets of the hub as JSONL files.")
 app.add_typer(corpus_app, name="corpus", help="Sources to clean, deduplicated documents.")
 app.add_typer(tokens_app, name="tokens", help="Documents to a tokenizer and shards.")
@@ -50,6 +51,7 @@ app.add_typer(
 )
 app.add_typer(puzzles_app, name="puzzles", help="Sudoku, mazes and ARC as data sets.")
 puzzles_app.add_typer(puzzles_build_app, name="build", help="Make a data set of puzzles.")
+app.add_typer(teacher_app, name="teacher", help="Whom a student learns from.")
 app.add_typer(export_app, name="export", help="A checkpoint in the form of other programs.")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXTRAS = {
     "wandb": ("wandb",),
     "trackio": ("trackio",),
-    "distill": ("peft",),
+    "teacher": ("peft",),
     "gguf": ("gguf", "llama_cpp"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "quantize": ("neural_compressor", "compressed_tensors"),

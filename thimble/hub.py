@@ -1,4 +1,4 @@
-"""Recursive models through transformers' own classes. Import this once, and they know them:
+"""Our models through transformers' own classes. Import this once, and they know them:
 
     import thimble.hub
     from transformers import AutoModelForCausalLM
@@ -7,12 +7,13 @@
     model.generate(ids, max_new_tokens=50)
 
 Nothing is downloaded or unpickled, and no ``trust_remote_code`` is needed: the code is this file.
-Checkpoints of models that run once are llama or mistral, and need no import.
+Checkpoints of attention that runs once are llama or mistral, and need no import.
 
-``generate`` gives thimble's own words: each row takes as many supervision steps for all its tokens
-as its halting head asks for at the end of the prompt, or as ``generate(..., steps=N)`` says. Caches
-are exact, with a slot for every block of every call of every step. Called directly the model takes
-``halt_max_steps``, the number that losses are measured with.
+``generate`` gives thimble's own words. Of a recursive model each row takes as many supervision
+steps for all its tokens as its halting head asks for at the end of the prompt, or as
+``generate(..., steps=N)`` says. Caches are exact, with a slot for every block of every call of
+every step. Called directly the model takes ``halt_max_steps``, the number that losses are measured
+with.
 """
 
 from __future__ import annotations
@@ -37,10 +38,22 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from thimble.errors import ConfigError
+from thimble.hub_retention import (
+    ThimbleRetNetConfig,
+    ThimbleRetNetForCausalLM,
+    set_missing,
+    starts_in,
+    states_in,
+)
 from thimble.models import interop_recursive
 from thimble.models.recursive import Latents, RecursiveLM
 
-__all__ = ["ThimbleRecursiveConfig", "ThimbleRecursiveForCausalLM"]
+__all__ = [
+    "ThimbleRecursiveConfig",
+    "ThimbleRecursiveForCausalLM",
+    "ThimbleRetNetConfig",
+    "ThimbleRetNetForCausalLM",
+]
 
 
 class ThimbleRecursiveConfig(PreTrainedConfig):
@@ -105,14 +118,8 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Set what no file gave: the rotary table always, the rest in a new model."""
-        if not isinstance(module, RecursiveLM):
-            return
-        fresh = RecursiveLM(module.config).initialize()
-        module.rope_2sc.copy_(fresh.rope_2sc)
-        given = module.state_dict(keep_vars=True)
-        for name, tensor in fresh.state_dict().items():
-            if not getattr(given[name], "_is_hf_initialized", False):
-                given[name].copy_(tensor)
+        if isinstance(module, RecursiveLM):
+            set_missing(module, RecursiveLM(module.config).initialize())
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.embedding
@@ -147,8 +154,11 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = DynamicCache()
         past = cache.get_seq_length() if cache is not None else 0
-        mask = None
-        if attention_mask is not None:
+        mask = starts = None
+        retains = model.config.mixer == "retention"
+        if retains:
+            starts = starts_in(attention_mask, int(past))
+        elif attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise ConfigError("The attention mask must be one number for each token: [B, T].")
             if not bool(attention_mask.all()):
@@ -157,7 +167,11 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
                     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         end = past + input_ids.shape[1]
         context = model.config.max_position_embeddings
-        if end > context and (position_ids is None or int(position_ids.max()) >= context):
+        if (
+            end > context
+            and not retains
+            and (position_ids is None or int(position_ids.max()) >= context)
+        ):
             raise ConfigError(
                 f"The model's context is {context} tokens, and these are {end}: shorten the prompt "
                 "or lower max_new_tokens."
@@ -167,11 +181,19 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(steps, Tensor):
             most = int(steps.max())
         count = most * model.config.blocks_per_step
-        if cache is not None:
-            make_room(cache, count)
-        slots = [Slot(cache, index, mask) for index in range(count)]
-        state = slots if cache is not None or mask is not None else None
-        latents = model.unroll(input_ids, state, steps=most, positions_bt=position_ids)
+        state: Any = None
+        if retains:
+            position_ids = None  # they turn by their distances alone
+            if cache is not None:
+                fresh: Any = model.new_state(len(input_ids), steps=most)
+                state = states_in(cache, list(fresh))
+        elif cache is not None or mask is not None:
+            if cache is not None:
+                make_room(cache, count)
+            state = [Slot(cache, index, mask) for index in range(count)]
+        latents = model.unroll(
+            input_ids, state, steps=most, positions_bt=position_ids, starts_bt=starts
+        )
         hidden, steps_b = self._answers(latents, len(input_ids), most, steps)
         if isinstance(logits_to_keep, int):
             hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
@@ -236,3 +258,5 @@ def make_room(cache: Cache, count: int) -> None:
 
 AutoConfig.register(ThimbleRecursiveConfig.model_type, ThimbleRecursiveConfig)
 AutoModelForCausalLM.register(ThimbleRecursiveConfig, ThimbleRecursiveForCausalLM)
+AutoConfig.register(ThimbleRetNetConfig.model_type, ThimbleRetNetConfig)
+AutoModelForCausalLM.register(ThimbleRetNetConfig, ThimbleRetNetForCausalLM)

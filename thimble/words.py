@@ -98,6 +98,21 @@ Subsample = Annotated[
 PuzzleSeed = Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+TeacherModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="TEACHER", help="Folder, run of ours, model on the hub, or address of a server."
+    ),
+]
+TeacherTokens = Annotated[str, typer.Argument(metavar="TOKENS", help="Folder of the data.")]
+RowLength = Annotated[
+    int | None, typer.Option("--sequence-length", metavar="N", help="Tokens of a student's row.")
+]
+Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT adapter of the teacher.")]
+RamDisk = Annotated[
+    bool, typer.Option("--ram-disk", help="Copy the weights to /dev/shm for loading them.")
+]
+Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 SystemMessage = Annotated[
     str | None, typer.Option(help="Another system message; for models of conversations.")
 ]

@@ -39,6 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
         *("evaluate", "report", "doctor", "quickstart", "sweep", "quantize"),
         "compare",
         *("build_sudoku", "build_maze", "build_arc"),
+        *("cache_teacher", "finetune_teacher"),
         *("export_gguf", "export_onnx", "export_transformers", "export_bin"),
     ):
         monkeypatch.setattr(api, name, note(name))
@@ -117,6 +118,26 @@ def lines_to_paste(text: str) -> list[str]:
             {"input_file_prefix": "p", "subsets": ["training", "evaluation"], "num_aug": 3}
             | {"test_set_name": "evaluation", "seed": 42},
         ),
+        (
+            "teacher cache t d --sequence-length 64 --topk 8 --temperatures 1,2 --adapter a -o c",
+            "cache_teacher",
+            ("t", "d"),
+            {"sequence_length": 64, "topk": 8, "temperatures": [1.0, 2.0], "adapter": "a"}
+            | {"output": "c", "split": "train", "samples": None, "ram_disk": False},
+        ),
+        (
+            "teacher cache http://localhost:8000 d --split val --samples 5 --served-model m",
+            "cache_teacher",
+            ("http://localhost:8000", "d"),
+            {"split": "val", "samples": 5, "served_model": "m", "temperatures": [1.0]},
+        ),
+        (
+            "teacher finetune t d --rank 8 --max-steps 5 --ram-disk --resume",
+            "finetune_teacher",
+            ("t", "d"),
+            {"rank": 8, "max_steps": 5, "ram_disk": True, "resume": "auto"},
+        ),
+        ("teacher finetune t d --resume c", "finetune_teacher", ("t", "d"), {"resume": "c"}),
         ("plan slm_nano seed=2", "plan", ("slm_nano", "seed=2"), {"measure": True}),
         ("train slm_nano", "train", ("slm_nano",), {"resume": None}),
         ("train slm_nano --a.b c seed=2", "train", ("slm_nano", "--a.b", "c", "seed=2"), {}),

@@ -116,7 +116,7 @@ def test_nothing_depends_on_how_often_losses_come_to_the_host(
 ) -> None:
     split = memory_split(documents(), categories=["a", "b"] * 20)
     whole = evaluate_split(bigram_nll, split, 8, 2)
-    monkeypatch.setattr(perplexity, "HELD_TOKENS", 20)
+    monkeypatch.setattr(perplexity, "HELD_NUMBERS", 20)
     assert evaluate_split(bigram_nll, split, 8, 2) == whole
 
 

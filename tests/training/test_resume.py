@@ -230,7 +230,7 @@ def test_finding_the_place_reads_no_data(two_checkpoints: Path) -> None:
         (two_checkpoints / "checkpoints" / "step-000008" / "data_cursor.json").read_text()
     )
     assert cursor["windows_seen"] == 8 * 40
-    windows = helpers.trainer(helpers.config(two_checkpoints, *EPOCHS)).task.windows
+    windows = helpers.trainer(helpers.config(two_checkpoints, *EPOCHS)).task.windows.windows
     reads = []
     windows.tokens = _Counting(windows.tokens, reads)  # type: ignore[assignment]
     windows.batch(40 * 10**6, 4)

@@ -60,12 +60,12 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(padding: str, tmp_
             batch = trainer.task.windows.batch
 
             def padded(seen: int, size: int, batch=batch):  # type: ignore[no-untyped-def]
-                inputs, targets = batch(seen, size)
+                inputs, targets, *others = batch(seen, size)
                 targets = targets.copy()  # both are views of the same rows
                 for row in range(size):  # from nothing at all to everything
                     targets[row, : row % (helpers.WINDOW + 1)] = -100
                 targets[8:16] = -100  # a micro-batch without a single target
-                return inputs, targets
+                return inputs, targets, *others
 
             trainer.task.windows.batch = padded  # type: ignore[method-assign]
         results.append(gradients(trainer))
@@ -77,7 +77,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(padding: str, tmp_
 
 def test_a_step_is_the_mean_over_its_targets(tmp_path: Path) -> None:
     trainer = split(tmp_path, 8, 4)
-    inputs, targets = trainer.task.windows.batch(0, 32)
+    inputs, targets, *_ = trainer.task.windows.batch(0, 32)
     logits = trainer.model(torch.from_numpy(inputs))
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), torch.from_numpy(targets).flatten()
@@ -119,9 +119,10 @@ def test_random_labels_do_not_go_below_their_entropy(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     choices = 16
 
-    def batch(seen: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(seen: int, size: int) -> tuple[np.ndarray, ...]:
         shape = (size, helpers.WINDOW)
-        return draw.integers(0, 300, shape), draw.integers(0, choices, shape)
+        inputs, targets = draw.integers(0, 300, shape), draw.integers(0, choices, shape)
+        return inputs, targets, np.zeros(shape, dtype=bool), np.arange(size)
 
     trainer.task.windows.batch = batch  # type: ignore[method-assign]
     losses = []

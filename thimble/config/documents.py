@@ -1,6 +1,7 @@
-"""The keys of the recursive models' own programs (TRM, HRM, their SlimOrca fork) as keys of ours.
+"""The keys of other programs as keys of ours, understood as they stand in their documents.
 
-``global_batch_size=48 epochs=1 arch.L_cycles=4`` is understood as it stands in their documents.
+Of the recursive models (TRM, HRM, their SlimOrca fork): ``global_batch_size=48 epochs=1
+arch.L_cycles=4``; of the distillation into a RetNet: ``teacher_topk=512 distill_alpha=0.5``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,27 @@ NAMES = {
     "arch.puzzle_emb_len": "model.puzzle_emb_len",
     "arch.pos_encodings": "model.position_embedding",
     "arch.loss.loss_type": "objective.form",
+    "learning_rate": "optim.learning_rate",
+    "max_grad_norm": "optim.grad_clip",
+    "max_steps": "training.max_steps",
+    "max_seq_length": "training.sequence_length",
+    "physical_batch_size": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "log_interval": "training.log_every",
+    "save_interval": "training.save_every",
+    "keep_last_n": "training.keep_last",
+    "train_data_path": "data.path",
+    "teacher_mode": "teacher.mode",
+    "teacher_model": "teacher.path",
+    "teacher_adapter_path": "teacher.adapter",
+    "teacher_url": "teacher.url",
+    "teacher_topk": "teacher.topk",
+    "teacher_temperature": "objective.temperature",
+    "teacher.temperature": "objective.temperature",
+    "cache_logits": "teacher.cache_logits",
+    "cache_dir": "teacher.cache",
+    "distill_alpha": "objective.distill_alpha",
+    "enable_saddle_interventions": "saddle.interventions",
 }
 # The moving average is a number of ours, and a switch of theirs with this number.
 EMA_RATE = "0.999"

@@ -118,7 +118,7 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def recipe_names() -> list[str]:
-    families = ["slm", "instruct", "puzzle"]
+    families = ["slm", "instruct", "puzzle", "pretrain", "distill"]
     sizes = ["nano", "tiny", "small", "medium", "large"]
 
     def place(name: str) -> tuple[int, int, str]:

@@ -109,7 +109,7 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
     problems = _missing(manifest) + artifacts.damaged_files(directory, manifest, hashes=True)
     saved = not problems and (directory / CONFIG_FILE).is_file()
     config = load_run(directory if saved else run)
-    if config.acceptance.perplexity is None or config.model.schedule == "recursive":
+    if config.acceptance.perplexity is None or config.objective.name == "act":
         raise ConfigError(
             f"{config.recipe} has no gate to be judged by. What it is measured by:\n"
             f"  thimble evaluate {path}"

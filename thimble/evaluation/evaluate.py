@@ -227,7 +227,12 @@ def select(paths: Sequence[str | Path], **options: Any) -> Selection:
 
 
 def is_recursive(directory: Path) -> bool:
-    return interop.read_config(directory).schedule == "recursive"
+    """Whether the answers of a checkpoint are to be evaluated, not its text: one that learned from
+    plain text is a language model, however often its stack runs."""
+    if interop.read_config(directory).schedule != "recursive":
+        return False
+    known = (directory / CONFIG_FILE).is_file()
+    return not known or load_run(directory).objective.name == "act"
 
 
 def all_checkpoints(run: str | Path) -> list[Path]:

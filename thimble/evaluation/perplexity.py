@@ -13,7 +13,7 @@ Perplexity is per token and depends on the tokenizer; bits per byte compares any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from thimble.tokens.shards import TokenSplit
 
 IGNORED = -100
-# Losses wait on the device and come to the host once in so many tokens (64 MiB of float32), so
+# Losses wait on the device and come to the host once in so many numbers (64 MiB of float32), so
 # that an ordinary validation split costs a single synchronisation.
-HELD_TOKENS = 1 << 24
+HELD_NUMBERS = 1 << 24
 BATCH_TOKENS = 8192
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -66,14 +66,15 @@ def evaluate_split(
     *,
     device: torch.device | str = "cpu",
     advance: Callable[[float], None] | None = None,
+    beside: Sequence[str] = ("top1_accuracy", "top5_accuracy"),
 ) -> dict[str, Any]:
     """Evaluate a model on a split of a tokens directory.
 
     ``nll(inputs, targets)`` gets int64 ``[B, T]`` on ``device``, a target of -100 meaning ignored,
     and gives the negative log-likelihood in nats of each target, float32 ``[B, T]``. Choosing
     evaluation mode and precision is its business; gradients are off here. It may give
-    ``[B, T, 3]`` instead, beside the loss whether the target is in the top 1 and the top 5: then
-    ``top1_accuracy`` and ``top5_accuracy``, shares of the tokens, are in the result.
+    ``[B, T, 1 + n]`` instead, beside the loss what is called ``beside``, by default whether the
+    target is in the top 1 and the top 5: the means over tokens are then in the result.
 
     ``max_tokens`` limits the work to a fixed choice of whole documents, in which categories and
     lengths keep their shares, with at most so many tokens together (never fewer than one document),
@@ -120,7 +121,7 @@ def evaluate_split(
             held.append(losses.reshape(step, -1)[:count].float())
             if advance:
                 advance(count)
-            if sum(map(len, held)) >= HELD_TOKENS:
+            if sum(part.numel() for part in held) >= HELD_NUMBERS:
                 flush()
         if held:
             flush()
@@ -129,27 +130,33 @@ def evaluate_split(
     size = np.bincount(codes, weights=sizes)
     documents = np.bincount(codes)
     return {
-        **_figures(sums.sum(1), tokens.sum(), size.sum(), documents.sum()),
+        **_figures(sums.sum(1), tokens.sum(), size.sum(), documents.sum(), beside),
         "by_category": {
-            str(name): _figures(sums[:, i], tokens[i], size[i], documents[i])
+            str(name): _figures(sums[:, i], tokens[i], size[i], documents[i], beside)
             for i, name in enumerate(names)
         },
     }
 
 
-def _figures(sums: np.ndarray, tokens: float, size: float, documents: int) -> dict[str, Any]:
-    nats, *hits = sums
+def perplexity(loss: float) -> float:
+    """Of a loss in nats; beyond 700 the exponential leaves the range of a float."""
+    return math.exp(loss) if not loss > 700 else math.inf
+
+
+def _figures(
+    sums: np.ndarray, tokens: float, size: float, documents: int, beside: Sequence[str]
+) -> dict[str, Any]:
+    nats, *others = sums
     loss = float(nats) / int(tokens)
-    accuracy = zip(("top1_accuracy", "top5_accuracy"), hits, strict=False)
+    measured = zip(beside, others, strict=False)
     return {
         "loss": loss,
-        # Beyond a loss of 700 the exponential leaves the range of a float.
-        "perplexity": math.exp(loss) if not loss > 700 else math.inf,
+        "perplexity": perplexity(loss),
         "bits_per_byte": float(nats) / math.log(2) / int(size),
         "tokens": int(tokens),
         "bytes": int(size),
         "documents": int(documents),
-        **{name: float(value) / int(tokens) for name, value in accuracy},
+        **{name: float(value) / int(tokens) for name, value in measured},
     }
 
 

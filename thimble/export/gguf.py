@@ -68,7 +68,7 @@ def export(
     """
     type = check_type(type)
     source = deployment.find_source(path)
-    interop.refuse_recursive(source.checkpoint, "llama.cpp")
+    interop.refuse_own(source.checkpoint, "llama.cpp")
     target = deployment.choose_target(source, output, f"-{type}.gguf")
     model = generation.load(source.checkpoint, device="cpu")
     split = deployment.held_out(source, tokens, model.tokenizer)

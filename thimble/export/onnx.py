@@ -89,7 +89,7 @@ def export(
     except ImportError as error:
         raise deployment.missing_extra(f"ONNX needs the package {error.name}", "onnx") from error
     source = deployment.find_source(path)
-    interop.refuse_recursive(source.checkpoint, "the graph that thimble writes")
+    interop.refuse_own(source.checkpoint, "the graph that thimble writes")
     target = deployment.choose_target(source, output, ".onnx")
     model = generation.load(source.checkpoint, device="cpu")
     assert isinstance(model.network, CausalLM)

@@ -15,6 +15,7 @@ from thimble.console import log
 from thimble.errors import ConfigError, DataError, nearest
 from thimble.export import deployment
 from thimble.models import interop, interop_hrm_text, interop_recursive
+from thimble.models.recursive import RecursiveLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BIN = "pytorch_model.bin"
@@ -76,7 +77,7 @@ def _contents(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     model = interop.load_model(directory)  # refuses what does not fit together
     native = artifacts.read_json(directory / "config.json")
     if native["model_type"] == interop_recursive.MODEL_TYPE:
-        assert isinstance(model, interop_recursive.RecursiveLM)
+        assert isinstance(model, RecursiveLM)
         if not model.config.causal:
             raise ConfigError(
                 f"{directory} holds a model of puzzles, for which transformers has no place. What "

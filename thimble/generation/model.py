@@ -16,6 +16,7 @@ from thimble.generation.text import stream_text
 from thimble.generation.trace import Names, Token
 from thimble.models import interop
 from thimble.models.recursive import RecursiveLM, position_table
+from thimble.models.retention import document_starts
 from thimble.objectives.linear_cross_entropy import token_losses, token_scores
 from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import checkpoint, devices
@@ -109,14 +110,19 @@ class Model:
     @torch.inference_mode()
     def nll(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss of each target in nats: inputs [B, T], targets [B, T] (-100 ignored) -> [B, T]."""
-        hidden = self.network.hidden(inputs.to(self.device))
+        hidden = self._hidden(inputs)
         return token_losses(hidden, self.network.head.weight, targets.to(self.device))
 
     @torch.inference_mode()
     def scores(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """``nll`` and, beside it, whether the target is in the top 1 and the top 5: [B, T, 3]."""
-        hidden = self.network.hidden(inputs.to(self.device))
+        hidden = self._hidden(inputs)
         return token_scores(hidden, self.network.head.weight, targets.to(self.device))
+
+    def _hidden(self, inputs: torch.Tensor) -> torch.Tensor:
+        ids = inputs.to(self.device)
+        starts = document_starts(self.config, ids, self.tokenizer.eot_id)
+        return self.network.hidden(ids, starts_bt=starts)
 
     def generate(
         self,

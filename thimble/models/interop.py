@@ -1,8 +1,9 @@
 """Our model as a native transformers checkpoint, and such checkpoints as our model.
 
 A plain attention model is a ``llama``, or a ``mistral`` where LlamaConfig refuses its shape (a
-hidden size that the number of heads does not divide). Both have the same tensors. A recursive model
-has files of its own (``interop_recursive``); an ``hrm_text`` is read as one (``interop_hrm_text``).
+hidden size that the number of heads does not divide). Both have the same tensors. Recursive models
+and retention have files of their own (``interop_recursive``, ``interop_retention``); an
+``hrm_text`` is read as one (``interop_hrm_text``).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from thimble.artifacts import read_json
 from thimble.config.model import ModelConfig
 from thimble.console import log
 from thimble.errors import ConfigError, DataError, nearest
-from thimble.models import interop_hrm_text, interop_recursive
+from thimble.models import interop_hrm_text, interop_recursive, interop_retention
 from thimble.models.causal_lm import Block, CausalLM
 from thimble.models.recursive import RecursiveLM
 from thimble.quantization import packed
 
 NATIVE = ("llama", "mistral")
-READABLE = (*NATIVE, interop_hrm_text.MODEL_TYPE, interop_recursive.MODEL_TYPE)
+OWN = (interop_recursive.MODEL_TYPE, interop_retention.MODEL_TYPE)
+READABLE = (*NATIVE, interop_hrm_text.MODEL_TYPE, *OWN)
 WEIGHTS = "model.safetensors"
 PICKLED = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
 
@@ -33,6 +35,8 @@ def to_native_config(config: ModelConfig, special: dict[str, int | None]) -> dic
     """``config.json`` for transformers; ``special`` holds bos, eos and pad token ids."""
     if config.schedule == "recursive":
         return interop_recursive.to_config(config, special)
+    if config.mixer == "retention":
+        return interop_retention.to_config(config, special)
     llama = config.hidden_size % config.num_attention_heads == 0
     native: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
@@ -71,6 +75,8 @@ def from_native_config(native: dict[str, Any], where: object) -> ModelConfig:
     kind = native.get("model_type")
     if kind == interop_recursive.MODEL_TYPE:
         return interop_recursive.from_config(native, where)
+    if kind == interop_retention.MODEL_TYPE:
+        return interop_retention.from_config(native, where)
     if kind == interop_hrm_text.MODEL_TYPE:
         return interop_hrm_text.from_config(native, where)
     if kind not in NATIVE:
@@ -117,9 +123,9 @@ def from_native_config(native: dict[str, Any], where: object) -> ModelConfig:
 
 def to_native_tensors(model: CausalLM | RecursiveLM) -> dict[str, Tensor]:
     """transformers' names -> tensors (views); a tied head is left out, as transformers does."""
-    if isinstance(model, RecursiveLM):
-        return interop_recursive.to_tensors(model)
     config = model.config
+    if isinstance(model, RecursiveLM) or config.mixer == "retention":
+        return interop_recursive.to_tensors(model)
     size = config.head_dim
     heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
     tensors = {
@@ -159,6 +165,8 @@ def load_native_tensors(
             interop_hrm_text.clear_rest(model)
         else:
             given = interop_recursive.own_names(tensors)
+    elif model.config.mixer == "retention":
+        given = interop_recursive.own_names(tensors)
     if model.config.tie_word_embeddings:
         for name in ("lm_head.weight", "head.weight"):
             given.pop(name, None)
@@ -191,14 +199,20 @@ def read_config(directory: str | Path) -> ModelConfig:
     return from_native_config(read_json(directory / "config.json"), directory / "config.json")
 
 
-def refuse_recursive(directory: Path, what: str) -> None:
-    """Raise ConfigError when the checkpoint is of a recursive model, which ``what`` cannot run."""
+def refuse_own(directory: Path, what: str) -> None:
+    """Raise ConfigError when the checkpoint is of a recursive model or of retention, which ``what``
+    cannot run."""
     config = read_config(directory)
     if config.schedule == "recursive":
         use = "export transformers -o FOLDER" if config.causal else "evaluate"
         raise ConfigError(
             f"{directory} holds a recursive model, whose stack runs in cycles; {what} runs a stack "
             f"once. What there is for it:\n  thimble {use} {directory}"
+        )
+    if config.mixer == "retention":
+        raise ConfigError(
+            f"{directory} holds a model of retention, and {what} knows attention only. What there "
+            f"is for it:\n  thimble export transformers {directory} -o FOLDER"
         )
 
 

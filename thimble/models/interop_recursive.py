@@ -9,16 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from thimble.config.model import ModelConfig
 from thimble.errors import DataError, nearest
-from thimble.models.recursive import RecursiveLM
 
 MODEL_TYPE = "thimble_recursive"
 ARCHITECTURE = "ThimbleRecursiveForCausalLM"
 # What a checkpoint means that was written before these keys were.
-BEFORE = {"position_embedding": "rope", "q_continue": False}
+BEFORE = {
+    "position_embedding": "rope",
+    "q_continue": False,
+    "value_head_dim": None,
+    "retention_horizons": [32.0, 65536.0],
+    "retention_chunk": 64,
+}
 # What config.json holds beside the configuration, ours or as transformers writes it.
 OTHER_KEYS = frozenset(
     {
@@ -48,10 +53,10 @@ def to_config(config: ModelConfig, special: dict[str, int | None]) -> dict[str, 
     }
 
 
-def from_config(native: dict[str, Any], where: object) -> ModelConfig:
+def from_config(native: dict[str, Any], where: object, kind: str = MODEL_TYPE) -> ModelConfig:
     """The configuration in ``config.json``; DataError for a missing, unknown or wrong key."""
     if native.get("quantization_config"):
-        raise DataError(f"{where} is quantized, which thimble does not read of recursive models.")
+        raise DataError(f"{where} is quantized, which thimble does not read of {kind} models.")
     keys = ModelConfig.model_fields.keys()
     unknown = sorted(native.keys() - keys - OTHER_KEYS)
     if unknown:
@@ -60,10 +65,10 @@ def from_config(native: dict[str, Any], where: object) -> ModelConfig:
             f"{where} has the unknown key {unknown[0]}{f' ({close}?)' if close else ''}. It was "
             "written by a newer thimble, or changed by hand."
         )
-    return parse(native, where)
+    return parse(native, where, kind)
 
 
-def parse(native: Mapping[str, Any], where: object) -> ModelConfig:
+def parse(native: Mapping[str, Any], where: object, kind: str = MODEL_TYPE) -> ModelConfig:
     """The configuration among the keys of ``native``; DataError for one that is missing or wrong.
 
     None has a default here, ``BEFORE`` apart: what a model computes must not depend on who reads
@@ -73,7 +78,7 @@ def parse(native: Mapping[str, Any], where: object) -> ModelConfig:
     native = BEFORE | dict(native)
     missing = sorted(keys - native.keys())
     if missing:
-        raise DataError(f"{where} lacks {', '.join(missing)}, which {MODEL_TYPE} needs.")
+        raise DataError(f"{where} lacks {', '.join(missing)}, which {kind} needs.")
     try:
         config = ModelConfig.model_validate({key: native[key] for key in keys})
     except ValidationError as error:
@@ -81,15 +86,16 @@ def parse(native: Mapping[str, Any], where: object) -> ModelConfig:
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         raise DataError(f"{where} is not usable: {f'{key}: ' if key else ''}{message}") from error
-    if config.schedule != "recursive":
-        raise DataError(f"{where}: a {MODEL_TYPE} model has schedule recursive, not once.")
+    schedule = "recursive" if kind == MODEL_TYPE else "once"
+    if config.schedule != schedule:
+        raise DataError(f"{where}: a {kind} model has schedule {schedule}, not {config.schedule}.")
     return config
 
 
-def to_tensors(model: RecursiveLM) -> dict[str, Tensor]:
+def to_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own names -> tensors (views), with what z begins as; a tied head is left out."""
     tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:  # type: ignore[union-attr]
         del tensors["head.weight"]
     return tensors
 

@@ -234,6 +234,16 @@ def with_kernels(
 # --- the mixer
 
 
+def document_starts(config: ModelConfig, ids_bt: Tensor, end_id: int) -> Tensor | None:
+    """Where documents begin among ids [B, T] in which each ends with ``end_id``; None for a mixer
+    that sees across.
+
+    A document begins with the end of the one before it, since its first word is predicted from
+    there; so a text that is generated begins, too.
+    """
+    return ids_bt == end_id if config.mixer == "retention" else None
+
+
 def retain(
     q: Tensor,
     k: Tensor,

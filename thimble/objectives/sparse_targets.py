@@ -13,7 +13,7 @@ M temperatures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from thimble.errors import ConfigError
 from thimble.objectives.linear_cross_entropy import chunk_rows
+
+# What a model does to its logits [rows, V] after the product with the head: a bias, a scale, a cap.
+Finish = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,11 @@ def beside(log_probs_rv: Tensor, index_rk: Tensor) -> tuple[Tensor, Tensor, Tens
 
 @torch.no_grad()
 def likeliest(
-    hidden: Tensor, weight_vd: Tensor, k: int, temperatures: Sequence[float] = (1.0,)
+    hidden: Tensor,
+    weight_vd: Tensor,
+    k: int,
+    temperatures: Sequence[float] = (1.0,),
+    finish: Finish | None = None,
 ) -> SparseTargets:
     """The K likeliest tokens of a teacher with final hidden states [..., D] and head [V, D].
 
@@ -117,7 +124,7 @@ def likeliest(
     if not 1 <= k <= vocabulary:
         raise ConfigError(f"The {k} likeliest of {vocabulary} tokens: give from 1 to {vocabulary}.")
     indices, log_probs, tails = [], [], []
-    for logits in _logits(hidden, weight_vd):
+    for logits in _logits(hidden, weight_vd, finish):
         index = logits.topk(k).indices
         of_row = []
         for temperature in temperatures:
@@ -138,12 +145,13 @@ def drawn(
     k: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    finish: Finish | None = None,
 ) -> SampledTargets:
     """K draws from a teacher with final hidden states [..., D] and head [V, D]."""
     if k < 1:
         raise ConfigError(f"{k} draws from a teacher say nothing: give at least 1.")
     indices, log_probs = [], []
-    for logits in _logits(hidden, weight_vd):
+    for logits in _logits(hidden, weight_vd, finish):
         scaled = torch.log_softmax(logits / temperature, dim=-1)
         index = torch.multinomial(scaled.exp(), k, replacement=True, generator=generator)
         indices.append(index)
@@ -153,10 +161,11 @@ def drawn(
     return SampledTargets(index, torch.full_like(logs, 1 / k), logs, temperature)
 
 
-def _logits(hidden: Tensor, weight_vd: Tensor) -> Iterator[Tensor]:
+def _logits(hidden: Tensor, weight_vd: Tensor, finish: Finish | None) -> Iterator[Tensor]:
     """float32 (or wider) logits [rows, V], a chunk of positions at a time."""
     weight = weight_vd.to(hidden.dtype)
     rows = chunk_rows(hidden.device, len(weight))
     wide = torch.promote_types(hidden.dtype, torch.float32)
     for part in hidden.flatten(0, -2).split(rows):
-        yield (part @ weight.t()).to(wide)
+        logits = (part @ weight.t()).to(wide)
+        yield logits if finish is None else finish(logits)

@@ -114,7 +114,7 @@ def quantize(
     manifest = artifacts.read_manifest(directory, checkpoint.KIND, make=checkpoint.MAKE)
     if damage := artifacts.damaged_files(directory, manifest, hashes=True):
         raise DataError(f"{directory} is damaged: {'; '.join(damage)}. Quantize another one.")
-    interop.refuse_recursive(directory, "GPTQ's calibration")
+    interop.refuse_own(directory, "GPTQ's calibration")
     rungs = _ladder(bits, calibration_samples)
     _free(output, directory, rungs[0][0])
     gptq.kernel()

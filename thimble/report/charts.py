@@ -214,15 +214,21 @@ def _rungs(axes: Any, rungs: dict[str, float]) -> None:
     axes.set_ylim(low, high)
 
 
+def _named(event: dict[str, Any]) -> str:
+    if event["event"] == "objective":
+        return f"from {event['from']} to {event['to']}"
+    return str(event["event"]).replace("_", " ")
+
+
 def _events(axes: Any, events: Sequence[dict[str, Any]]) -> None:
     for event in events:
-        if event["event"] in ("guard", "resumed"):
+        if event["event"] in ("guard", "resumed", "objective", "saddle", "saddle_left"):
             stopped = event["event"] == "guard"
             axes.axvline(
                 event["step"], color=BAD if stopped else MENDED, linewidth=1, linestyle="--"
             )
             axes.annotate(
-                event["kind"] if stopped else "resumed",
+                event["kind"] if stopped else _named(event),
                 (event["step"], 1),
                 xycoords=("data", "axes fraction"),
                 rotation=90,

@@ -15,7 +15,7 @@ from thimble.console import log
 from thimble.errors import DataError, ThimbleError
 from thimble.report.charts import LOSS, Chart, curve_charts, ladder_chart, recursive_curves
 from thimble.tokens.shards import corpus_of
-from thimble.training.run import RunFolder
+from thimble.training.run import RunFolder, told_underway
 
 PAGE, PLOTS = "report.html", "plots"
 EVALUATION = "evaluation_report.json"
@@ -130,6 +130,7 @@ def _evaluation(run: RunFolder, missing: list[str]) -> dict[str, Any] | None:
 
 
 def _state(events: list[dict[str, Any]], run: RunFolder) -> str:
+    events = [event for event in events if not told_underway(event)]
     if not events or events[-1]["event"] == "resumed":
         return "running, or ended without a word"
     last = events[-1]

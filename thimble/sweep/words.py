@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
+from thimble.config import documents
 from thimble.config.describe import as_override
 from thimble.config.load import check_key, flatten, join_options, split_override
 from thimble.errors import ConfigError
@@ -29,7 +30,7 @@ class Words:
     def sorted_from(cls, overrides: Sequence[str], nested: Mapping[str, Any]) -> Words:
         """Later words win; raises ConfigError for an unknown key or an unreadable word."""
         fixed, swept, hydra = dict[str, Any](), dict[str, Override](), []
-        for word in join_options(overrides):
+        for word in documents.translate(join_options(overrides)):
             override = _parse(word)
             if word.lstrip("+~").startswith(("hydra.", "hydra/")):
                 hydra.append(word)

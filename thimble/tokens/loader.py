@@ -74,6 +74,10 @@ class Windows:
 
     def batch(self, seen: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of the ``size`` windows after the first ``seen``: [size, length]."""
-        starts = self.order(seen, size) * self.length
+        return self.rows(self.order(seen, size))
+
+    def rows(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the windows of these numbers: [n, length] each."""
+        starts = windows * self.length
         rows = self.tokens[starts[:, None] + np.arange(self.length + 1)].astype(np.int64)
         return rows[:, :-1], rows[:, 1:]

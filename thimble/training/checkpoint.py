@@ -53,6 +53,7 @@ class TrainerState:
     lowest_loss: float | None = None
     lowest_step: int = 0
     smoothed_loss: float | None = None
+    saddle: dict[str, Any] | None = None
 
 
 def save(

@@ -15,6 +15,7 @@ from thimble.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from thimble.conversations.dataset import Conversations
     from thimble.puzzles.loader import Split
+    from thimble.tokens.packed import PackedChunks
     from thimble.tokens.shards import TokenSplit
 
 PUZZLE_KEYS = ("vocab_size", "max_position_embeddings", "puzzle_identifiers")
@@ -78,12 +79,13 @@ def _of_puzzles(config: Config) -> Config:
 
 
 def open_data(config: Config, split: str = "train") -> Any:
-    """A split of ``data.path``: ``TokenSplit``, puzzles' ``Split``, or ``Conversations`` whole.
+    """A split of ``data.path``: ``TokenSplit``, ``PackedChunks``, puzzles' ``Split``, or
+    ``Conversations`` whole.
 
     Raises DataError when it is not there, not whole, or of a kind the objective cannot have, and
     ConfigError when the model's vocabulary or length does not fit.
     """
-    if config.objective.name == "next_token":
+    if config.objective.name != "act":
         return _tokens(config, split)
     if _kind(config.data.folder) == "conversations":
         return _conversations(config)
@@ -96,10 +98,17 @@ def _kind(folder: str) -> str | None:
     return found.get("kind") if isinstance(found, dict) else None
 
 
-def _tokens(config: Config, split: str) -> TokenSplit:
+def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
+    from thimble.tokens.packed import PackedChunks
+    from thimble.tokens.packing import KIND
     from thimble.tokens.shards import TokenSplit
 
-    data = TokenSplit(config.data.folder, split)
+    data: TokenSplit | PackedChunks
+    if _kind(config.data.folder) == KIND:
+        length = config.training.sequence_length
+        data = PackedChunks(config.data.folder, split, seed=config.seed, length=length)
+    else:
+        data = TokenSplit(config.data.folder, split)
     _fits(config, data.vocab_size)
     return data
 

@@ -1,28 +1,44 @@
-"""Next-token training on windows of a token stream."""
+"""Next-token training on windows of a token stream, or on packed chunks."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from thimble.config.schema import Config
+from thimble.errors import ConfigError
 from thimble.evaluation.perplexity import evaluate_split
 from thimble.generation.sampling import generate_ids
 from thimble.models.causal_lm import CausalLM
+from thimble.models.recursive import RecursiveLM
 from thimble.objectives.linear_cross_entropy import token_losses
 from thimble.objectives.next_token import NextToken
-from thimble.tokens.loader import Windows
+from thimble.tokens.packed import PackedChunks
 from thimble.tokens.shards import TokenSplit
 from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import devices
 from thimble.training.checkpoint import TrainerState
 from thimble.training.compilation import should_compile
+from thimble.training.data import open_data
 from thimble.training.distributed import Processes
 from thimble.training.plan import total_steps
+from thimble.training.rows import Measure, evaluate_chunks, open_rows
+
+
+class Piece(NamedTuple):
+    """A pass: inputs, targets and starts of documents [B, T], the rows' numbers [B], what the sum
+    is scaled by."""
+
+    inputs: Tensor
+    targets: Tensor
+    starts: Tensor
+    numbers: list[int]
+    scale: float
 
 
 class NextTokenTask:
@@ -33,8 +49,8 @@ class NextTokenTask:
     def __init__(
         self,
         config: Config,
-        data: TokenSplit,
-        model: CausalLM,
+        data: TokenSplit | PackedChunks,
+        model: CausalLM | RecursiveLM,
         device: torch.device,
         processes: Processes,
         *,
@@ -42,7 +58,7 @@ class NextTokenTask:
     ) -> None:
         self.config, self.model, self.device, self.processes = config, model, device, processes
         self.sharded = sharded
-        self.windows = Windows(data.tokens, config.training.sequence_length, config.seed)
+        self.windows = open_rows(data, config.training.sequence_length, config.seed)
         training = config.training
         self.micro = training.micro_batch_size
         self.batch_size = self.micro * training.gradient_accumulation_steps
@@ -50,26 +66,46 @@ class NextTokenTask:
         self.per_epoch = self.windows.count
         self.max_steps = total_steps(config, self.per_epoch)
         self.compiled = should_compile(config, model, self.max_steps, device)
-        self.objective: nn.Module = NextToken(model, compiled=self.compiled and not sharded)
+        if isinstance(model, RecursiveLM):
+            if sharded:
+                raise ConfigError(
+                    "A recursive model is small, and its weights are used again and again: "
+                    "sharding has nothing to give. Use:\n  training.data_parallel=ddp"
+                )
+            model.q_head.requires_grad_(False)  # nothing here says when to halt
+        self.objective: nn.Module = self.make_objective(
+            model, compiled=self.compiled and not sharded
+        )
         self.tokenizer = load_tokenizer(config.data.folder)
+        self.end_id: int = self.windows.end_id
         self.fingerprint: str = data.manifest["fingerprint"]
 
-    def micro_batches(self, state: TrainerState) -> list[tuple[Tensor, Tensor, float]]:
+    def make_objective(self, model: CausalLM | RecursiveLM, *, compiled: bool) -> nn.Module:
+        return NextToken(model, compiled=compiled)
+
+    def micro_batches(self, state: TrainerState) -> list[Piece]:
         for first, end in sorted(self.config.training.skip_windows):
             if first < state.windows + self.batch_size and state.windows < end:
                 state.windows = end
-        inputs, targets = self.windows.batch(state.windows, self.batch_size)
+        inputs, targets, starts, numbers = self.windows.batch(state.windows, self.batch_size)
         # The mean over all targets of the step: whatever way it is split, the same gradient.
         count = int((targets != -100).sum())
         state.windows += self.batch_size
         state.tokens += count
-        mine = devices.send(self.device, inputs[self.rows], targets[self.rows])
+        mine = devices.send(self.device, *(x[self.rows] for x in (inputs, targets, starts)))
         pieces = zip(*(tensor.split(self.micro) for tensor in mine), strict=True)
-        return [(*piece, 1 / max(count, 1)) for piece in pieces]
+        wanted = numbers[self.rows].tolist()
+        return [
+            Piece(a, b, c, wanted[at * self.micro : (at + 1) * self.micro], 1 / max(count, 1))
+            for at, (a, b, c) in enumerate(pieces)
+        ]
 
-    def loss(self, objective: nn.Module, piece: tuple[Tensor, Tensor, float]) -> Tensor:
-        inputs, targets, scale = piece
-        return objective(inputs, targets) * scale
+    def loss(self, objective: nn.Module, piece: Piece) -> Tensor:
+        return objective(piece.inputs, piece.targets, self.seen(piece.starts)) * piece.scale
+
+    def seen(self, starts: Tensor) -> Tensor | None:
+        """Where documents begin, for a model that keeps them apart."""
+        return starts if self.model.config.mixer == "retention" else None
 
     def settle(self) -> None:
         pass
@@ -87,24 +123,37 @@ class NextTokenTask:
         return {}
 
     def evaluate(self) -> dict[str, Any]:
-        config = self.config
-        result = evaluate_split(
-            functools.partial(self.processes.by_rows, self.token_losses),
-            TokenSplit(config.data.folder, "val"),
-            config.training.sequence_length,
-            config.training.micro_batch_size * self.processes.count,
-            config.evaluation.max_tokens,
-            device=self.device,
-        )
-        return {
-            "val_loss": result["loss"],
-            "val_perplexity": result["perplexity"],
-            "val_bits_per_byte": result["bits_per_byte"],
-            "val_tokens": result["tokens"],
-        }
+        return self.figures(self.measured(self.token_losses))
 
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(self.model.hidden(inputs), self.model.head.weight, targets)
+    def measured(self, measure: Measure, beside: Sequence[str] = ()) -> dict[str, Any]:
+        """Of the validation split, what ``measure`` gives of each position; see
+        ``perplexity.evaluate_split``."""
+        config = self.config
+        by_rows = functools.partial(self.processes.by_rows, measure)
+        rows = config.training.micro_batch_size * self.processes.count
+        most, names = config.evaluation.max_tokens, list(beside)
+        held_out = open_data(config, "val")
+        if isinstance(held_out, PackedChunks):
+            return evaluate_chunks(by_rows, held_out, rows, most, self.device, names)
+        length = config.training.sequence_length
+        return evaluate_split(
+            lambda inputs, targets: by_rows(inputs, targets, inputs == self.end_id),
+            held_out,
+            length,
+            rows,
+            most,
+            device=self.device,
+            beside=names,
+        )
+
+    def figures(self, result: dict[str, Any]) -> dict[str, Any]:
+        # Of packed chunks nobody knows the bytes.
+        names = ("loss", "perplexity", "bits_per_byte", "tokens")
+        return {f"val_{name}": result[name] for name in names if name in result}
+
+    def token_losses(self, inputs: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        hidden = self.model.hidden(inputs, starts_bt=self.seen(starts))
+        return token_losses(hidden, self.model.head.weight, targets)
 
     def samples(self) -> list[str]:
         # A sharded model needs all of its processes.
@@ -130,6 +179,8 @@ class NextTokenTask:
     def baselines(self) -> dict[str, float]:
         from thimble.evaluation.baselines import known_rungs
 
+        if self.windows.apart:
+            return {}
         return known_rungs(self.config.data.folder, "val")
 
     def cursor(self, state: TrainerState) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from thimble import artifacts
+from thimble.config import load as configuration
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, GuardStop, Interrupted
@@ -33,6 +34,7 @@ from thimble.training.loggers import Loggers
 from thimble.training.optimizer import freeze, make_optimizer, make_sparse_optimizer, schedule
 from thimble.training.panel import Panel
 from thimble.training.run import Run, RunFolder
+from thimble.training.saddle import SaddleWatch, in_words
 from thimble.training.signals import StopRequest
 from thimble.training.task import make_task
 
@@ -97,6 +99,8 @@ class Trainer:
         self.model.checkpoint_activations = config.training.checkpoint_activations
         if config.training.load_checkpoint is not None:
             checkpoint.begin_with(self.model, config.training.load_checkpoint)
+        if config.training.init_from_teacher:
+            self.begin_as_teacher(data)
         if config.optim.freeze_weights:
             freeze(self.model)
         # Nothing here draws from the global generators; seeded, a library below that does repeats.
@@ -126,6 +130,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         self.guard = guards.StepGuard(device, config.guards.max_grad_norm)
         self.state = checkpoint.TrainerState()
+        self.saddle = SaddleWatch(config.saddle)
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.stop_request = StopRequest(several=processes.count > 1)
@@ -142,6 +147,31 @@ class Trainer:
                 f"{self.config.data.path}: its weights would read other words. Make the data with "
                 f"the checkpoint's own:\n  dataset.tokenizer_path={directory}"
             )
+
+    def begin_as_teacher(self, data: Any) -> None:
+        """As much of the teacher's weights as there is room for."""
+        from thimble.models.causal_lm import CausalLM
+        from thimble.models.from_teacher import begin
+        from thimble.training.distillation import teacher_folder
+        from thimble.training.rows import open_rows
+
+        config = self.config
+        directory = teacher_folder(config.teacher.path or "")
+        teacher = interop.load_model(directory)
+        if config.teacher.adapter is not None or teacher.config.mixer != "attention":
+            raise DataError(
+                f"A student can begin with the weights of a llama or mistral that is whole, not of "
+                f"{directory} with {config.teacher.adapter or 'its mixer'}. Name the merged "
+                "checkpoint with teacher.path, without teacher.adapter."
+            )
+        assert isinstance(teacher, CausalLM)
+        assert isinstance(self.model, CausalLM)
+        wanted = config.training.sequence_length
+        length = min(wanted, teacher.config.max_position_embeddings)
+        rows = open_rows(data, wanted, config.seed)
+        ids = rows.batch(0, max(1, 4096 // wanted)).inputs[:, :length]
+        begin(self.model, teacher, torch.from_numpy(ids))
+        log.info("beginning with the weights of the teacher %s", directory)
 
     # --- the step
 
@@ -168,6 +198,7 @@ class Trainer:
         half = self.scaler.is_enabled()
         skip = self.guard.observe(state.step, loss, self.norm, half)
         factor = schedule(config.optim, state.step, self.task.max_steps, self.task.share(state))
+        factor *= self.saddle.factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.learning_rate * factor * group["lr_ratio"]
         if half:
@@ -252,7 +283,8 @@ class Trainer:
         step, last = self.state.step, self.done
         if step % training.log_every == 0 or last:
             self.log_step()
-        evaluate = step % training.eval_every == 0 or last
+        each = training.eval_every
+        evaluate = each > 0 and (step % each == 0 or last)
         best = self.evaluate() if evaluate else False
         if best or step % training.save_every == 0 or last:
             self.save(best)
@@ -312,6 +344,11 @@ class Trainer:
         if self.processes.main:
             self.panel.total = self.task.expected_steps(state)
             self.panel.trained(record)
+        event = self.saddle.observe(state.step, loss, norm)
+        state.saddle = self.saddle.to_dict()
+        if event and self.processes.main:
+            self.folder.append(event)
+            log.info("step %d  %s", state.step, in_words(event))
         plateau = guards.observe_loss(
             state, loss, training.log_every, self.config.guards.plateau_steps
         )
@@ -425,15 +462,38 @@ class Trainer:
         self.task.resume(cursor, checkpoint.tensors(directory, "carry"))
         if self.ema is not None:
             self.ema.resume(checkpoint.tensors(directory, "trained"))
+        before = configuration.load_run(directory).objective.name
+        if before != self.config.objective.name:
+            self.begin_objective(folder, before)
         stops = [record for record in folder.records() if record.get("event") == "guard"]
         if stops and stops[-1]["kind"] == "plateau" and stops[-1]["step"] >= self.state.step:
             self.state.lowest_loss = None  # it has been seen; whoever goes on begins to count anew
+        self.saddle = SaddleWatch(self.config.saddle, self.state.saddle)
         self.loss_sum.fill_(self.state.pending_loss)
         self.counted_tokens = self.state.tokens
         if self.processes.main:
             folder.rewind(self.state.step)
             folder.append({"event": "resumed", "step": self.state.step})
         log.info("resuming from %s (step %d)", directory, self.state.step)
+
+    def begin_objective(self, folder: RunFolder, before: str) -> None:
+        """Go on with weights, optimizer and place in the data, and another loss than before.
+
+        What was remembered of losses is of the other one. The run's own configuration becomes the
+        present one, so that it is gone on with; the former stays beside it.
+        """
+        state, now = self.state, self.config.objective.name
+        state.lowest_loss = state.smoothed_loss = state.saddle = None
+        state.pending_loss, state.pending_steps = 0.0, 0
+        log.info("step %d: from objective %s to %s", state.step, before, now)
+        if not self.processes.main:
+            return
+        former = folder.path / f"config.until-step-{state.step:06d}.yaml"
+        (folder.path / configuration.CONFIG_FILE).rename(former)
+        configuration.save(self.config, folder.path / configuration.CONFIG_FILE)
+        event: dict[str, Any] = {"event": "objective", "step": state.step}
+        event |= {"from": before, "to": now, "former_config": former.name}
+        folder.append(event | self.task.documents())
 
     def stop(self, verdict: guards.Verdict) -> None:
         """End the run; checkpoints and pointers stay as they are."""

@@ -165,7 +165,7 @@ def _pass(
     config: Config, model: CausalLM | RecursiveLM, ids: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
     """One micro-batch of the objective; of deep supervision with every position labelled."""
-    if isinstance(model, CausalLM):
+    if not isinstance(model, RecursiveLM) or config.objective.name != "act":
         objective = NextToken(model)
         return lambda: objective(ids, ids)
     options = config.objective

@@ -23,15 +23,16 @@ NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 def schedule(config: OptimConfig, step: int, total_steps: int, share: float = 0.0) -> float:
     """What the update number ``step`` (from 0) multiplies the learning rate by: linear warm-up,
-    then cosine to ``min_lr_ratio``.
+    ``plateau_steps`` at the full rate, then cosine to ``min_lr_ratio``.
 
     The first update has 1 / warm-up, not zero; the last exactly ``min_lr_ratio``. ``share``: of the
     data that has been given out, for a run that ends with them; whichever is further counts.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    last = max(total_steps - 1 - config.warmup_steps, 1)
-    done = min(max((step - config.warmup_steps) / last, share), 1.0)
+    level = config.warmup_steps + config.plateau_steps
+    last = max(total_steps - 1 - level, 1)
+    done = min(max((step - level) / last, share, 0.0), 1.0)
     floor = config.min_lr_ratio
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 

@@ -98,7 +98,8 @@ class Plan:
 class Amount:
     """What a run goes through: ``examples`` an epoch of ``length`` tokens on average, ``steps``
     updates at most, ``seen`` examples in all of them, each as often as it is thought about.
-    ``ended_by_examples``: when all of them are done, before those steps."""
+    ``ended_by_examples``: when all of them are done, before those steps. ``tokens`` there are, of
+    a text."""
 
     examples: int
     length: float
@@ -106,6 +107,7 @@ class Amount:
     seen: int
     epochs: float
     ended_by_examples: bool = False
+    tokens: int = 0
 
 
 def is_away(config: Config) -> bool:
@@ -145,13 +147,19 @@ def amount(config: Config) -> Amount:
     data: Any = None if config.data.path is None else open_data(config)
     training = config.training
     batch = training.micro_batch_size * training.gradient_accumulation_steps
-    if config.objective.name == "next_token":
-        from thimble.tokens.loader import Windows
+    if config.objective.name != "act":
+        from thimble.training.rows import open_rows
 
-        windows = Windows(data.tokens, training.sequence_length, config.seed).count
-        steps = total_steps(config, windows)
+        rows = open_rows(data, training.sequence_length, config.seed)
+        steps = total_steps(config, rows.count)
+        seen = steps * batch
         return Amount(
-            windows, training.sequence_length, steps, steps * batch, steps * batch / windows
+            rows.count,
+            training.sequence_length,
+            steps,
+            seen,
+            seen / rows.count,
+            tokens=rows.tokens,
         )
     from thimble.conversations.dataset import Conversations
 
@@ -181,7 +189,7 @@ def plan(config: Config) -> Plan:
     recursive = config.objective.name == "act"
     batch = training.micro_batch_size * training.gradient_accumulation_steps
     tokens = round(run.seen * run.length)
-    available = round(run.examples * run.length) if recursive else len(open_data(config).tokens)
+    available = round(run.examples * run.length) if recursive else run.tokens
     parameters = config.model.num_parameters
     per_token = flops_per_token(config.model, training.sequence_length)
 

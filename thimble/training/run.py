@@ -116,11 +116,17 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the records after ``step``, which are about to be made again; events stay."""
+        """Drop the records after ``step``, which are about to be made again; events that only
+        happened once stay."""
         if not self.metrics_path.exists():
             return
         records = self.records()
-        kept = [record for record in records if "event" in record or record["step"] <= step]
+        kept = [
+            record
+            for record in records
+            if ("event" in record and not record["event"].startswith("saddle"))
+            or record["step"] <= step
+        ]
         if len(kept) < len(records):
             log.info("%d records after step %d will be made again.", len(records) - len(kept), step)
         write_text(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
@@ -134,6 +140,11 @@ class RunFolder:
             latest=self.pointed("latest"),
             metrics=self.records(),
         )
+
+
+def told_underway(event: dict[str, Any]) -> bool:
+    """Whether an event is one of a run that goes on: neither its begin nor its end."""
+    return event["event"] == "objective" or event["event"].startswith("saddle")
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -30,6 +30,7 @@ def shard(objective: nn.Module, device: torch.device, count: int, *, compiled: b
     mesh = init_device_mesh(device.type, (count,))
     assert isinstance(objective, NextToken)
     model = objective.model
+    assert isinstance(model, CausalLM)  # the only one that is ever sharded
     # What a block computes with is gathered in that format: half the traffic, the same values. The
     # head adds up its gradient in float32, so it and the embedding stay in it.
     half = model.compute_dtype if model.compute_dtype != torch.float32 else None

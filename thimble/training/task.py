@@ -89,8 +89,11 @@ def make_task(
     sharded: bool,
 ) -> Task:
     """The task of a configuration, on data that ``data.open_data`` opened."""
-    from thimble.training.language import NextTokenTask
-    from thimble.training.recursion import RecursionTask
-
-    kind: Any = RecursionTask if config.objective.name == "act" else NextTokenTask
+    kind: Any
+    if config.objective.name == "act":
+        from thimble.training.recursion import RecursionTask as kind
+    elif config.objective.name == "distill":
+        from thimble.training.distillation import DistillTask as kind
+    else:
+        from thimble.training.language import NextTokenTask as kind
     return kind(config, data, model, device, processes, sharded=sharded)

@@ -1,0 +1,101 @@
+"""Packed chunks train students: documents apart, from the teacher as from its cache, resumed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import helpers_distill
+from tests.helpers_distill import config
+from tests.helpers_training import WINDOW, state_of, timeless, token_directory
+from thimble.errors import DataError
+from thimble.models import interop
+from thimble.teachers import open_examples
+from thimble.teachers.fill import fill
+from thimble.tokens.packed import PackedChunks
+from thimble.tokens.packing import pack
+from thimble.training import plan, train
+from thimble.training.data import open_data
+from thimble.training.distillation import open_teacher
+from thimble.training.rows import evaluate_chunks
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, draw = tmp_path_factory.mktemp("packed"), random.Random(1)
+    counts = (2, 9, 1, 40, 3, 30) * 12
+    texts = [" ".join(draw.choices(["kernel", "disk", "a"], k=n)) for n in counts]
+    lines = [json.dumps({"text": f"{text} {i}"}) + "\n" for i, text in enumerate(texts)]
+    (folder / "in").mkdir()
+    (folder / "in" / "a.jsonl").write_text("".join(lines))
+    options: dict[str, Any] = {"tokenizer": token_directory(), "val_ratio": 0.2}
+    pack(folder / "in", folder / "out", workers=1, max_seq_length=WINDOW, **options)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return helpers_distill.teacher_in(tmp_path_factory.mktemp("teacher"))
+
+
+def test_direct_cached_and_resumed(packed: Path, teacher: Path, tmp_path: Path) -> None:
+    words = [f"data.path={packed}", "training.log_every=1"]
+    direct = train(config(tmp_path, teacher, *words))
+    data = open_examples(packed, "train", WINDOW)
+    asked = open_teacher(config(tmp_path, teacher, *words), data, torch.device("cpu"))
+    fill(tmp_path / "cache", data, asked)
+    kept = [f"teacher.cache={tmp_path / 'cache'}", "teacher.mode=cached"]
+    cached = train(config(tmp_path, teacher, *words, *kept))
+    for key in ("loss", "kl", "val_teacher_kl", "val_loss"):
+        one, other = ([r[key] for r in run.metrics if key in r] for run in (direct, cached))
+        assert one
+        assert one == pytest.approx(other, rel=2e-3, abs=2e-3), key
+    copy = tmp_path / "copy"
+    shutil.copytree(direct.path, copy)
+    for path in sorted((copy / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(path)
+    again = train(config(tmp_path, teacher, *words), resume=copy)
+    assert again.latest is not None
+    assert direct.latest is not None
+    assert state_of(again.latest) == state_of(direct.latest)
+    assert timeless(copy) == timeless(direct.path)
+
+
+def test_what_is_held_out_is_every_target_once(packed: Path, tmp_path: Path) -> None:
+    run = train(config(tmp_path, None, f"data.path={packed}", "evaluation.max_tokens=null"))
+    record = [r for r in run.metrics if "val_loss" in r][-1]
+    assert "val_bits_per_byte" not in record
+    assert run.checkpoint is not None
+    model = interop.load_model(run.checkpoint)
+    best = min(r["val_loss"] for r in run.metrics if "val_loss" in r)
+    chunks = PackedChunks(packed, "val")
+    batch = chunks.rows(np.arange(len(chunks)))
+    starts = torch.from_numpy(batch.starts)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(batch.inputs), starts_bt=starts)
+    targets = torch.from_numpy(batch.targets)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert best == pytest.approx(loss.item(), rel=1e-5)
+    assert record["val_tokens"] == int((targets >= 0).sum())
+
+    def ones(inputs: torch.Tensor, targets: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return (targets >= 0).float()
+
+    few = evaluate_chunks(ones, chunks, 4, 3 * WINDOW, torch.device("cpu"), [])
+    assert few["loss"] == 1
+    assert few["tokens"] <= 3 * WINDOW
+
+
+def test_the_plan_and_another_length(packed: Path, tmp_path: Path) -> None:
+    chosen = config(tmp_path, None, f"data.path={packed}")
+    found = plan.plan(chosen)
+    assert found.examples == open_data(chosen).count
+    with pytest.raises(DataError, match="max-seq-length 8"):
+        open_data(config(tmp_path, None, f"data.path={packed}", "training.sequence_length=8"))

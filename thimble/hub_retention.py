@@ -1,0 +1,168 @@
+"""Retention through transformers' own classes; ``import thimble.hub`` registers them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from thimble.errors import ConfigError
+from thimble.models import interop_recursive, interop_retention
+from thimble.models.causal_lm import CausalLM
+from thimble.models.retention import RetentionState
+
+
+class ThimbleRetNetConfig(PreTrainedConfig):
+    """``ModelConfig``'s keys by their own names, and the ids of special tokens."""
+
+    model_type = interop_retention.MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' attribute)
+
+
+class RetentionLayer(CacheLayerMixin):
+    """A place of transformers' cache that holds a ``RetentionState``, as large for any length."""
+
+    is_sliding = False
+
+    def __init__(self, state: RetentionState) -> None:
+        super().__init__()
+        self.state = state
+
+    def lazy_initialization(self, *_: Any) -> None:
+        raise ConfigError("Retention keeps no keys and values; this cache is of another model.")
+
+    update = lazy_initialization  # type: ignore[assignment]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.state.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.state.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def reset(self) -> None:
+        self.state.memory, self.state.length = torch.zeros_like(self.state.memory), 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.state.memory = self.state.memory.index_select(0, beam_idx.to(self.state.memory.device))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.state.memory = self.state.memory.repeat_interleave(repeats, dim=0)
+
+    def crop(self, max_length: int) -> None:
+        raise ConfigError("What retention has read cannot be taken back.")
+
+
+def states_in(cache: Cache, fresh: list[RetentionState]) -> list[RetentionState]:
+    """The states of a cache, or in an empty one ``fresh`` ones, which it keeps from now on."""
+    if not isinstance(cache, DynamicCache):
+        raise ConfigError("Retention needs a DynamicCache, which it fills with states of its own.")
+    if cache.get_seq_length() == 0:
+        cache.layers = [RetentionLayer(state) for state in fresh]
+    kept = [layer.state for layer in cache.layers if isinstance(layer, RetentionLayer)]
+    if len(kept) != len(fresh):
+        raise ConfigError(
+            "This cache was filled by another model, or with another number of steps."
+        )
+    return kept
+
+
+def starts_in(attention_mask: Tensor | None, past: int) -> Tensor | None:
+    """Where tokens begin after padding: what stands before is not seen. bool [B, T]."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    if attention_mask.dim() != 2:
+        raise ConfigError("The attention mask must be one number for each token: [B, T].")
+    token = attention_mask.bool()
+    before = torch.nn.functional.pad(token[:, :-1], (1, 0), value=False)
+    return (token & ~before)[:, past:]
+
+
+def set_missing(module: torch.nn.Module, fresh: torch.nn.Module) -> None:
+    """Give a model that was read from files what no file has: tables always, and in a new model
+    the weights."""
+    given = module.state_dict(keep_vars=True)
+    for name, buffer in fresh.named_buffers():
+        if name not in given:
+            module.get_buffer(name).copy_(buffer)
+    for name, tensor in fresh.state_dict().items():
+        if not getattr(given[name], "_is_hf_initialized", False):
+            given[name].copy_(tensor)
+
+
+class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
+    """``CausalLM`` over retention as transformers wants a model.
+
+    Its cache is as large after any number of tokens, and its context has no end. Rows may be padded
+    on the left (``attention_mask``).
+    """
+
+    config_class = ThimbleRetNetConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ThimbleRetNetConfig) -> None:
+        super().__init__(config)
+        where = config.name_or_path or "The configuration"
+        ours = interop_recursive.parse(vars(config), where, interop_retention.MODEL_TYPE)
+        self.model = CausalLM(ours)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, CausalLM):
+            set_missing(module, CausalLM(module.config).initialize())
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.model.embedding
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.model.head
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **more: Any,
+    ) -> CausalLMOutputWithPast:
+        """Token ids [B, T] -> float32 logits [B, T, vocabulary], and with ``labels`` [B, T] (-100:
+        none) the cross-entropy of each next token.
+
+        ``attention_mask`` [B, past + T] is 0 at padding. Raises ConfigError for a cache or a mask
+        of another kind.
+        """
+        model = self.model
+        model.compute_dtype = self.dtype
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        state: Any = None
+        if cache is not None:
+            state = states_in(cache, list(model.new_state(len(input_ids))))
+        hidden = model.hidden(input_ids, state, starts_in(attention_mask, past))
+        if isinstance(logits_to_keep, int):
+            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        else:
+            hidden = hidden[:, logits_to_keep]
+        logits = model.head(hidden).float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **more)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)

@@ -1,0 +1,150 @@
+"""``thimble teacher cache``: ask a teacher about every row of a data set, once."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from thimble import artifacts
+from thimble.console import log, progress
+from thimble.errors import ConfigError
+from thimble.teachers.asked import Asked, Teacher
+from thimble.teachers.cache import MAKE, TeacherCache, describe
+from thimble.teachers.examples import Examples, open_examples
+
+HOME = Path("data/teacher_cache")
+SYNC_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A complete cache. ``asked_now`` rows of the ``rows`` were asked by this call."""
+
+    path: Path
+    rows: int
+    asked_now: int
+    positions: int
+    bytes_per_position: int
+    bytes: int
+    positions_per_second: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def fill(
+    directory: str | Path,
+    examples: Examples,
+    teacher: Teacher,
+    *,
+    batch_positions: int = 8192,
+    made_by: dict[str, Any] | None = None,
+) -> Filled:
+    """Ask for what is not there yet, and for what is damaged; then write the manifest.
+
+    Interrupted or killed at any moment, the same call goes on where it was.
+    """
+    asked: Asked = teacher.asked
+    cache = TeacherCache.create(directory, examples, teacher.identity, asked, made_by)
+    with artifacts.locked(directory, "the teacher cache"):
+        if damaged := cache.forget_damaged():
+            log.warning("%s: %d rows are damaged and are asked again", directory, damaged)
+        missing = np.flatnonzero(~cache.filled(np.arange(cache.count)))
+        log.info(
+            "%s: %s rows of %d positions to ask, %d bytes each position, %.2f GiB in all",
+            directory, f"{len(missing):,}", cache.length, cache.position_bytes,
+            cache.count * cache.row_bytes / 2**30,
+        )  # fmt: skip
+        seconds = ask(cache, examples, teacher, missing, max(1, batch_positions // cache.length))
+        if len(missing) or not (Path(directory) / artifacts.MANIFEST).is_file():
+            cache.seal()
+        artifacts.read_manifest(directory, "teacher-cache", make=MAKE)
+    positions = cache.count * cache.length
+    return Filled(
+        Path(directory),
+        cache.count,
+        len(missing),
+        positions,
+        cache.position_bytes,
+        cache.count * cache.row_bytes,
+        len(missing) * cache.length / seconds if len(missing) else None,
+    )
+
+
+def cache(
+    teacher: str | Path,
+    data: str | Path,
+    asked: Asked,
+    *,
+    split: str = "train",
+    length: int | None = None,
+    output: str | Path | None = None,
+    adapter: str | Path | None = None,
+    served_model: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    ram_disk: bool = False,
+    batch_positions: int = 8192,
+) -> Filled:
+    """``fill`` for a teacher by name: folder, run of ours, hub, or the address of a server.
+
+    The cache's folder is called after data, split and all that it belongs to, unless given.
+    """
+    from thimble.teachers.direct import open_direct
+    from thimble.teachers.served import ServedTeacher
+    from thimble.training.devices import resolve_device
+
+    examples = open_examples(data, split, length)
+    found: Teacher
+    if re.match(r"https?://", str(teacher)):
+        if adapter is not None or ram_disk:
+            raise ConfigError("A server has its adapter and its weights already: leave these out.")
+        found = ServedTeacher(str(teacher), examples, asked, model=served_model)
+    elif served_model is not None:
+        raise ConfigError(f"--served-model is for a server, and {teacher} is none (http://...).")
+    else:
+        found = open_direct(
+            teacher,
+            examples,
+            asked,
+            adapter=adapter,
+            device=resolve_device(device),
+            precision=precision,
+            ram_disk=ram_disk,
+        )
+    if output is None:
+        name = artifacts.fingerprint(describe(examples, found.identity, asked))
+        output = HOME / f"{Path(data).name}-{split}-{name}"
+    made_by = {"teacher": str(teacher), "adapter": adapter and str(adapter), "data": str(data)}
+    return fill(output, examples, found, batch_positions=batch_positions, made_by=made_by)
+
+
+def ask(
+    cache: TeacherCache, examples: Examples, teacher: Teacher, missing: np.ndarray, rows: int
+) -> float:
+    """Returns the seconds it took."""
+    started = synced = time.monotonic()
+    try:
+        with progress("ask the teacher", len(missing) * cache.length, "tokens") as advance:
+            for begin in range(0, len(missing), rows):
+                numbers = missing[begin : begin + rows]
+                inputs, _, starts = examples.rows(numbers)
+                found = teacher.targets(
+                    numbers.tolist(),
+                    torch.from_numpy(inputs),
+                    None if starts is None else torch.from_numpy(starts),
+                )
+                cache.write(numbers, found)
+                advance(inputs.size)
+                if time.monotonic() - synced > SYNC_SECONDS:
+                    cache.sync()
+                    synced = time.monotonic()
+    finally:
+        cache.sync()
+    return max(time.monotonic() - started, 1e-9)
