@@ -126,6 +126,7 @@ class Trainer:
         self.guard = guards.StepGuard(device, config.guards.max_grad_norm)
         self.state = checkpoint.TrainerState()
         self.saddle = SaddleWatch(config.saddle)
+        self.rate = 0.0  # the schedule's last factor
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.stop_request = StopRequest(several=processes.count > 1)
@@ -155,8 +156,8 @@ class Trainer:
         self.norm = sharding.whole(norm).to(self.device)  # without gradients it is on the host
         half = self.scaler.is_enabled()
         skip = self.guard.observe(state.step, loss, self.norm, half)
-        factor = schedule(config.optim, state.step, self.task.max_steps, self.task.share(state))
-        factor *= self.saddle.factor(state.step)
+        self.rate = schedule(config.optim, state.step, self.task.max_steps, self.task.share(state))
+        factor = self.rate * self.saddle.factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.learning_rate * factor * group["lr_ratio"]
         if half:
@@ -302,7 +303,7 @@ class Trainer:
         if self.processes.main:
             self.panel.total = self.task.expected_steps(state)
             self.panel.trained(record)
-        event = self.saddle.observe(state.step, loss, norm)
+        event = self.saddle.observe(state.step, loss, norm, rate=self.rate)
         state.saddle = self.saddle.to_dict()
         if event and self.processes.main:
             self.folder.append(event)
