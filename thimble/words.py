@@ -189,7 +189,7 @@ def named_outputs(words: Sequence[str], given: Sequence[str] | None) -> tuple[li
 
 
 def numbers(option: str, given: str | None) -> tuple[int, ...]:
-    """The whole numbers above 0 of ``a,b,c``, each once, in order; ConfigError for anything else."""
+    """The whole numbers above 0 of ``a,b,c``, each once, in order; ConfigError for others."""
     words = given.split(",") if given else []
     if wrong := [word for word in words if not (word.strip().isdecimal() and int(word))]:
         raise ConfigError(f"{option} {given}: {wrong[0]!r} is no whole number above 0.")
