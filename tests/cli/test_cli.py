@@ -168,6 +168,12 @@ def lines_to_paste(text: str) -> list[str]:
             {"tasks": ("mmlu", "a.yaml"), "limit": 5},
         ),
         (
+            "evaluate x --needle --context --lengths 64,512 --teacher t",
+            "evaluate",
+            ("x",),
+            {"needle": True, "context": True, "lengths": (64, 512), "teacher": "t"},
+        ),
+        (
             "evaluate --checkpoint x --save-outputs preds labels --overrides dataset.seq_len=9",
             "evaluate",
             ("x",),

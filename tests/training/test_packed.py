@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -15,12 +16,15 @@ import torch
 from tests import helpers_distill
 from tests.helpers_distill import config
 from tests.helpers_training import WINDOW, state_of, timeless, token_directory
+from thimble import api
 from thimble.errors import DataError
 from thimble.models import interop
 from thimble.teachers import open_examples
 from thimble.teachers.fill import fill
 from thimble.tokens.packed import PackedChunks
+from thimble.tokens.packed_text import PackedText
 from thimble.tokens.packing import pack
+from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import plan, train
 from thimble.training.data import open_data
 from thimble.training.distillation import open_teacher
@@ -91,6 +95,44 @@ def test_what_is_held_out_is_every_target_once(packed: Path, tmp_path: Path) -> 
     few = evaluate_chunks(ones, chunks, 4, 3 * WINDOW, torch.device("cpu"), [])
     assert few["loss"] == 1
     assert few["tokens"] <= 3 * WINDOW
+
+
+def test_evaluated_as_in_training(
+    packed: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thimble.evaluation.evaluate.TEXTS", 2)
+    run = train(config(tmp_path, teacher, f"data.path={packed}", "evaluation.max_tokens=null"))
+    found: Any = api.evaluate(run.path, device="cpu")
+    last = next(r for r in run.metrics if r.get("step") == found.step and "val_loss" in r)
+    for name in ("loss", "teacher_kl", "teacher_agreement", "calibration_error"):
+        assert found.figures[name] == pytest.approx(last[f"val_{name}"], rel=1e-4), name
+    # Asked for the test split, there is one only; its bytes are those of the words it predicts.
+    assert found.split == "val"
+    assert any("holds out one split" in note for note in found.notes)
+    chunks = PackedChunks(packed, "val")
+    tokenizer = load_tokenizer(packed)
+    ids = chunks.rows(np.arange(len(chunks))).targets.ravel()
+    text = tokenizer.decode(ids[(ids >= 0) & (ids != chunks.eot_id)].tolist())
+    assert found.figures["bytes"] == len(text.encode())
+    nats = found.figures["loss"] * found.figures["tokens"]
+    assert found.figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()))
+    assert found.real["texts"] == 2
+
+
+def test_packed_text_has_every_word_of_the_chunks_once(packed: Path) -> None:
+    chunks, tokenizer = PackedChunks(packed, "val"), load_tokenizer(packed)
+    text = PackedText(chunks, tokenizer, 10**6)
+    table = text.documents.to_pydict()
+    parts = [
+        tokenizer.decode(text.tokens[start : start + size - 1].tolist())
+        for start, size in zip(table["start"], table["tokens"], strict=True)
+    ]
+    assert [len(part.encode()) for part in parts] == table["bytes"]
+    batch = chunks.rows(np.arange(len(chunks)))
+    ids = batch.labels[(batch.labels >= 0) & (batch.labels != chunks.eot_id)]
+    assert "".join(parts) == tokenizer.decode(ids.tolist())
+    assert (text.tokens[np.cumsum(table["tokens"]) - 1] == chunks.eot_id).all()
+    assert len(PackedText(chunks, tokenizer, 3 * WINDOW)) <= 6 * WINDOW
 
 
 def test_the_plan_and_another_length(packed: Path, tmp_path: Path) -> None:

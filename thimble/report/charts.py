@@ -108,7 +108,7 @@ def curve_charts(
             ]
             if points:
                 x, y = zip(*sorted(points), strict=True)
-                colour = MODEL if len(series) == 1 or label == "held out" else OTHER
+                colour = MODEL if label == series[-1][1] else OTHER
                 mark = "o" if key.startswith("val_") else None
                 axes.plot(x, y, color=colour, marker=mark, markersize=3, linewidth=1.3, label=label)
                 drawn += 1

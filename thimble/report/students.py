@@ -74,7 +74,7 @@ def _map(
     place.set_xlabel("tokens")
     for row, line in enumerate(grid):
         for column, value in enumerate(line):
-            said = f"{value:.0%}" if key == "accuracy" else f"{value:.1f}"
+            said = f"{value:.0%}" if key == "accuracy" else f"{round(value, 1) + 0.0:.1f}"
             colour = "white" if value > 0.6 * top else INK
             place.text(column, row, said, ha="center", va="center", color=colour, fontsize=7)
 
