@@ -348,6 +348,11 @@ def _far(
     if costs:
         chosen = lengths or reading.doubling(512, max(8192, 4 * length))
         taken = context.measure(models, model.tokenizer.vocab_size, chosen)
+    for what, measured in (("needles", hidden), ("costs", taken)):
+        for name, each in (measured or {"models": {}})["models"].items():
+            if each["too_long"]:
+                longer = ", ".join(f"{n:,}" for n in each["too_long"])
+                notes.append(f"No {what} of the {name} at {longer} tokens: it reads fewer.")
     return {"needle": hidden, "context": taken}
 
 

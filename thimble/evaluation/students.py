@@ -187,15 +187,15 @@ def find_teacher(
     is another one by now, or nobody says which it was. Raises what ``teachers`` raise for a named
     one that does not fit.
     """
-    examples = open_examples(data.directory, data.split or "val", length)
+    split = data.split or "val"
     if named is not None:
         folder = teacher_folder(str(named))
-        teacher = _open(folder, examples, config, None, device)
-        return Found(teacher, str(folder))
+        examples = open_examples(data.directory, split, length)
+        return Found(_open(folder, examples, config, None, device), str(folder))
     if config is None or config.objective.name != "distill":
         return None
     try:
-        return _own(directory, config, examples, device)
+        return _own(directory, config, open_examples(data.directory, split, length), device)
     except (DataError, EnvironmentProblem) as error:
         notes.append(f"Not held against its teacher: {str(error).splitlines()[0]}")
         return None

@@ -15,6 +15,7 @@ from thimble.console import log
 from thimble.errors import DataError, ThimbleError
 from thimble.report import students
 from thimble.report.charts import LOSS, Chart, curve_charts, ladder_chart, recursive_curves
+from thimble.tokens import packing
 from thimble.tokens.shards import corpus_of
 from thimble.training.run import RunFolder, told_underway
 
@@ -182,6 +183,9 @@ def _settings(config: Config) -> list[dict[str, str]]:
 def _data(config: Config, missing: list[str]) -> dict[str, Any]:
     """Counts of the tokens and, where it is still there, of the corpus behind them."""
     found: dict[str, Any] = {"path": config.data.path, "splits": {}, "cleaning": [], "mixture": {}}
+    packed = _read(Path(config.data.folder) / artifacts.MANIFEST, None, missing) or {}
+    if packed.get("kind") == packing.KIND:  # which knows no corpus
+        return found | {"vocabulary": packed["vocab_size"]}
     try:
         tokens = artifacts.read_manifest(config.data.folder, "tokens", make="thimble tokens build")
     except ThimbleError as error:
