@@ -1,10 +1,11 @@
-"""A recursive model beside plain transformers: does the recursion earn what it costs?
+"""A recursive model beside plain ones: does the recursion earn what it costs?
 
-    recursive run -> as many updates of a plain transformer of the same computation
-                  -> as many updates of a plain transformer of the same parameters
+    recursive run -> as many updates of a plain model of the same computation
+                  -> as many updates of a plain model of the same parameters
                   -> all on the held-out test split, one table, whoever wins
 
-The plain ones are what anyone would train: pre-norm blocks, each run once, one supervision step.
+The plain ones are what anyone would train: pre-norm blocks, each run once, one supervision step; of
+attention, or of retention where the recursive one has that, with the same objective and teacher.
 Their runs lie in the recursive one's folder, whose ``comparison.json`` says what belongs together.
 """
 
@@ -52,6 +53,8 @@ PLAIN = {
     "halt_max_steps": 1,
     "q_continue": False,
 }
+# Retention that runs once is a student as any other.
+PLAIN_RETENTION = {"schedule": "once"}
 
 
 def compare(
@@ -101,6 +104,14 @@ def prepared(config: Config) -> Config:
             "them: thimble recipes"
         )
     config = ready(config)
+    kind = kind_of(config)
+    if kind not in (*KINDS, "puzzles"):
+        raise ConfigError(
+            f"{config.data.folder} holds {kind}, which have no test split to compare on. Use the "
+            "tokens of a corpus:\n  data.path=data/tokens/NAME"
+        )
+    if kind == "tokens" and subset_size is not None:
+        raise ConfigError("--subset-size counts conversations or puzzles; text is measured whole.")
     data = open_data(config, "test")
     if kind_of(config) == "conversations" and not len(data.split("test")):
         from thimble.evaluation.recursive import empty_split
