@@ -124,8 +124,11 @@ class ObjectiveConfig(Section):
         description="With distill: weight of the next token's cross-entropy; the teacher has the "
         "rest.",
     )
-    distill_alpha_start: Fraction | None = Field(
-        default=None, description="With distill: the weight at the beginning; null: no other."
+    distill_alpha_start: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="With distill: the weight at the beginning; null: no other.",
     )
     alpha_warmup_steps: int | None = Field(
         default=None,

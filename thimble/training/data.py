@@ -27,11 +27,6 @@ def ready(config: Config) -> Config:
 
     Raises DataError or ConfigError when something is missing or does not fit.
     """
-    if config.model.mixer == "retention":
-        raise ConfigError(
-            "model.mixer=retention has no form for checkpoints yet, so a run would have nothing to "
-            "keep. Models with it can be built in Python. To train:\n  model.mixer=attention"
-        )
     if config.dataset.name is not None and config.data.path is None:
         config = _tokenized(config)
     elif config.objective.name == "act" and _kind(config.data.folder) != "conversations":
