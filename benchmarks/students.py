@@ -15,6 +15,7 @@ not trained again, one that was interrupted goes on. Figures are kept in
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import shlex
@@ -41,16 +42,16 @@ from thimble.teachers.asked import Asked
 from thimble.teachers.direct import open_direct
 from thimble.teachers.examples import open_examples
 from thimble.tokens.shards import SPLITS, SplitWriter, TokenSplit
-from thimble.training.data import ready
+from thimble.training.data import open_data, ready
 from thimble.training.devices import describe, resolve_device
 from thimble.training.distillation import teacher_folder
+from thimble.training.distributed import Processes
+from thimble.training.loop import Trainer
 from thimble.training.run import RunFolder
 
 RECIPE = "distill_nano"
-KINDS = (
-    "os_code",
-    "administration",
-)  # what the small teacher learned, and what the students are for
+# What the small teacher learned, and what its students are for.
+KINDS = ("os_code", "administration")
 WITHOUT = "objective.name=next_token"
 
 
@@ -81,6 +82,7 @@ class Settings:
             f"training.eval_every={self.eval_every}",
             f"training.save_every={self.steps}",
             f"evaluation.max_tokens={self.eval_tokens}",
+            "evaluation.sample_tokens=1",
             f"guards.plateau_steps={self.steps}",
             *self.overrides,
             *more,
@@ -146,11 +148,11 @@ class Measured:
         }
 
 
-def facts(arm: str, seed: int, run: RunFolder, measured: Measured | None) -> dict[str, Any]:
-    """What the page needs of a run."""
+def facts(arm: str, seed: int, run: RunFolder) -> dict[str, Any]:
+    """What the page needs of a run's records."""
     records = run.records()
     last = [record for record in records if "loss" in record][-1]
-    known = {
+    return {
         "arm": arm,
         "seed": seed,
         "run": str(run.path),
@@ -158,11 +160,6 @@ def facts(arm: str, seed: int, run: RunFolder, measured: Measured | None) -> dic
         "minutes": last["seconds"] / 60,
         "curve": [[r["step"], r["val_loss"]] for r in records if "val_loss" in r],
     }
-    checkpoint = run.pointed("latest")
-    if measured is not None and checkpoint is not None:
-        known.update(measured.figures(checkpoint))
-    log.info("%s, seed %d: %s", arm, seed, {k: v for k, v in known.items() if k != "curve"})
-    return known
 
 
 class Kept:
@@ -179,13 +176,26 @@ class Kept:
             "load": os.getloadavg()[2],
             "steps": settings.steps,
             "teacher": str(settings.teacher),
+            "test_tokens": settings.test_tokens,
             "overrides": settings.overrides,
             "rows": [],
         }
+        before = self.all.get(settings.part, {"rows": []})
+        alike = all(before.get(k) == self.part[k] for k in ("teacher", "test_tokens", "versions"))
+        self.measured = {row["run"]: row for row in before["rows"]} if alike else {}
 
-    def add(self, row: dict[str, Any], **more: Any) -> None:
-        self.part["rows"].append(row)
-        self.write(**more)
+    def add(
+        self, arm: str, seed: int, run: RunFolder, measured: Measured | None = None, **more: Any
+    ) -> None:
+        """A finished run; what was measured of it before is not measured again."""
+        row = facts(arm, seed, run)
+        if measured is not None:
+            known, checkpoint = self.measured.get(str(run.path)), run.pointed("latest")
+            assert checkpoint is not None
+            row = {**known, **row} if known else {**row, **measured.figures(checkpoint)}
+        log.info("%s, seed %d: %s", arm, seed, {k: v for k, v in row.items() if k != "curve"})
+        self.part["rows"].append({**row, **more})
+        self.write()
 
     def write(self, **more: Any) -> None:
         self.part.update(more)
@@ -208,51 +218,49 @@ def distilled(settings: Settings, kept: Kept) -> None:
     for seed in range(1, settings.seeds + 1):
         for arm, words in arms.items():
             run = trained(settings.home(arm, seed), settings.words(seed, *words))
-            kept.add(facts(arm, seed, run, measured))
+            kept.add(arm, seed, run, measured)
 
 
 def teacher_start(settings: Settings, kept: Kept) -> None:
-    arms = {
-        "distilled, drawn weights": (),
-        "distilled, the teacher's weights": ("training.init_from_teacher=true",),
-        "next token, drawn weights": (WITHOUT,),
-        "next token, the teacher's weights": (WITHOUT, "training.init_from_teacher=true"),
-    }
+    ways = {"distilled": (), "next token": (WITHOUT,)}
+    begins = {"drawn weights": (), "the teacher's weights": ("training.init_from_teacher=true",)}
+    kept.write(
+        first={name: first_loss(settings.words(1, WITHOUT, *own)) for name, own in begins.items()}
+    )
     for seed in range(1, settings.seeds + 1):
-        for arm, words in arms.items():
-            run = trained(settings.home(arm, seed), settings.words(seed, *words))
-            kept.add(facts(arm, seed, run, None), first=first_losses(settings, arms))
+        for (way, words), (name, own) in itertools.product(ways.items(), begins.items()):
+            arm = f"{way}, {name}"
+            run = trained(settings.home(arm, seed), settings.words(seed, *words, *own))
+            kept.add(arm, seed, run)
 
 
-def first_losses(settings: Settings, arms: dict[str, tuple[str, ...]]) -> dict[str, float]:
-    """Held-out loss before the first step, with seed 1."""
-    from thimble.training.data import open_data
-    from thimble.training.distributed import Processes
-    from thimble.training.loop import Trainer
-
-    found = {}
-    for arm, words in arms.items():
-        config = load(RECIPE, [*settings.words(1, *words), WITHOUT])
-        trainer = Trainer(config, open_data(config), resolve_device("auto"), Processes())
-        found[arm] = trainer.task.evaluate()["val_loss"]
-    return found
+def first_loss(words: list[str]) -> float:
+    """Held-out loss before the first step."""
+    config = ready(load(RECIPE, words))
+    trainer = Trainer(config, open_data(config), resolve_device("auto"), Processes())
+    return trainer.task.evaluate()["val_loss"]
 
 
 def finetuned(settings: Settings, kept: Kept) -> None:
     known, new = KINDS
-    source = load(RECIPE, settings.overrides).data.folder
-    theirs, ours = (of_kind(Path(source), kind) for kind in KINDS)
+    config = load(RECIPE, settings.words(1))
+    theirs, ours = (of_kind(Path(config.data.folder), kind) for kind in KINDS)
     words = [f"data.path={theirs}", "guards.plateau_steps=640", "training.eval_every=320"]
     base = trained(settings.home("teacher", 1), words, "slm_nano")
     base_folder = base.pointed("latest")
     assert base_folder is not None
-    output = settings.runs / "finetuned" / "lora" / artifacts.fingerprint(settings.finetune)[:8]
+    slug = artifacts.fingerprint([settings.finetune, str(base_folder)])[:8]
+    output = settings.runs / settings.part / "lora" / slug
     result = output / "finetune.json"
     if not result.is_file():
         api.finetune_teacher(
-            base_folder, ours, output=output, sequence_length=256,
-            resume="auto" if (output / "checkpoints").exists() else None, **settings.finetune,
-        )  # fmt: skip
+            base_folder,
+            ours,
+            output=output,
+            sequence_length=config.training.sequence_length,
+            resume="auto" if (output / "checkpoints").exists() else None,
+            **settings.finetune,
+        )
     tuned = artifacts.read_json(result)
     kept.write(
         kinds={"known": known, "new": new, **counts(ours)},
@@ -260,7 +268,8 @@ def finetuned(settings: Settings, kept: Kept) -> None:
             name: tuned[name]
             for name in ("steps", "tokens", "seconds", "base_perplexity", "perplexity", "options")
         },
-        teacher_minutes=facts("teacher", 1, base, None)["minutes"],
+        teacher_minutes=facts("teacher", 1, base)["minutes"],
+        teacher=str(base_folder),
     )
     data = f"data.path={ours}"
     arms = {
@@ -271,7 +280,7 @@ def finetuned(settings: Settings, kept: Kept) -> None:
     for seed in range(1, settings.seeds + 1):
         for arm, words_of_arm in arms.items():
             run = trained(settings.home(arm, seed), settings.words(seed, *words_of_arm))
-            kept.add(facts(arm, seed, run, None))
+            kept.add(arm, seed, run)
 
 
 def of_kind(source: Path, kind: str) -> Path:
@@ -327,6 +336,7 @@ def recursive(settings: Settings, kept: Kept) -> None:
         there = [path for path in sorted(home.glob("*/*")) if same(path, wanted)]
         found = api.compare(run=there[-1]) if there else api.compare(RECIPE, *words)
         config = load_run(found.run)
+        kept.write(objective=objective(config))
         measured = Measured(
             config.data.folder,
             settings.teacher,
@@ -334,9 +344,8 @@ def recursive(settings: Settings, kept: Kept) -> None:
             settings.test_tokens,
         )
         for contestant in found.rows:
-            row = facts(contestant.name, seed, RunFolder(contestant.run), measured)
             shape = {"layers": contestant.layers, "flops": contestant.flops}
-            kept.add({**row, **shape}, objective=objective(config))
+            kept.add(contestant.name, seed, RunFolder(contestant.run), measured, **shape)
 
 
 PARTS = {part.__name__: part for part in (distilled, teacher_start, finetuned, recursive)}

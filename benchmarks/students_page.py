@@ -51,8 +51,8 @@ def distilled(part: dict[str, Any], folder: Path) -> list[str]:
     lines = []
     if with_ and without:
         lines = [
-            told("bits per byte of held-out text", "bits_per_byte", with_, without, -1, 4),
-            told("agreement with the teacher", "agreement", with_, without, 1, 4),
+            told("bits per byte", "bits_per_byte", with_, without, -1, "With the teacher"),
+            told("in agreement", "agreement", with_, without, 1, "With the teacher"),
         ]
     return [
         "## Distilled, and without a teacher",
@@ -76,9 +76,16 @@ def recursive(part: dict[str, Any], folder: Path) -> list[str]:
         rows.append([name, *shape, *learned(group), *likeness(group)])
     mine = groups.get("recursive", [])
     lines = [
-        told(f"bits per byte, against {name}", "bits_per_byte", mine, group, -1, 4, who="Recursion")
+        told(
+            "bits per byte",
+            "bits_per_byte",
+            mine,
+            group,
+            -1,
+            f"Against the {name.removeprefix('plain, ')}",
+        )
         for name, group in groups.items()
-        if name != "recursive" and mine
+        if name != "recursive"
     ]
     return [
         "## Recursion over retention",
@@ -93,7 +100,10 @@ def recursive(part: dict[str, Any], folder: Path) -> list[str]:
 def teacher_start(part: dict[str, Any], folder: Path) -> list[str]:
     groups = by_arm(part["rows"])
     first = part["first"]
-    rows = [[name, f"{loss:.2f}", ends(groups.get(name, []))] for name, loss in first.items()]
+    rows = [
+        [name, f"{first[name.partition(', ')[2]]:.2f}", ends(group)]
+        for name, group in groups.items()
+    ]
     tables = [
         steps_to(groups, (f"{way}, drawn weights", f"{way}, the teacher's weights"))
         for way in ("distilled", "next token")
@@ -173,19 +183,16 @@ def terms(part: dict[str, Any]) -> str:
     )
 
 
-def told(
-    what: str, key: str, mine: Rows, other: Rows, sign: int, digits: int, who: str = "The teacher"
-) -> str:
+def told(what: str, key: str, mine: Rows, other: Rows, sign: int, who: str) -> str:
     """Whether ``key`` is better with it, and for how many of the seeds that both have."""
     theirs = {row["seed"]: row[key] for row in other}
     gains = [sign * (row[key] - theirs[row["seed"]]) for row in mine if row["seed"] in theirs]
     if not gains:
         return ""
     mean, better = statistics.mean(gains), sum(gain > 0 for gain in gains)
-    verdict = "gains" if mean > 0 else "LOSES"
     return (
-        f"{who} {verdict} {abs(mean):.{digits}f} in {what}; better for {better} of "
-        f"{len(gains)} seeds."
+        f"**{who} it is {abs(mean):.4f} {what} {'better' if mean > 0 else 'WORSE'}**, better for "
+        f"{better} of {len(gains)} seeds."
     )
 
 
