@@ -52,7 +52,7 @@ def distilled(part: dict[str, Any], folder: Path) -> list[str]:
     if with_ and without:
         lines = [
             told("bits per byte", "bits_per_byte", with_, without, -1, "With the teacher"),
-            told("in agreement", "agreement", with_, without, 1, "With the teacher"),
+            told("agreement", "agreement", with_, without, 1, "With the teacher"),
         ]
     return [
         "## Distilled, and without a teacher",
@@ -191,8 +191,8 @@ def told(what: str, key: str, mine: Rows, other: Rows, sign: int, who: str) -> s
         return ""
     mean, better = statistics.mean(gains), sum(gain > 0 for gain in gains)
     return (
-        f"**{who} it is {abs(mean):.4f} {what} {'better' if mean > 0 else 'WORSE'}**, better for "
-        f"{better} of {len(gains)} seeds."
+        f"**{who} it is {'better' if mean > 0 else 'WORSE'} by {abs(mean):.4f} in {what}**, better "
+        f"for {better} of {len(gains)} seeds."
     )
 
 
