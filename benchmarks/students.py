@@ -52,6 +52,7 @@ from thimble.training.run import RunFolder
 RECIPE = "distill_nano"
 # What the small teacher learned, and what its students are for.
 KINDS = ("os_code", "administration")
+TOLD_APART = 512  # of the teacher's likeliest tokens; the rest of its distribution is one bucket
 WITHOUT = "objective.name=next_token"
 
 
@@ -115,13 +116,13 @@ def same(path: Path, wanted: Config) -> bool:
 
 
 class Measured:
-    """Held-out figures of students beside a teacher, whose distribution is asked for whole."""
+    """Held-out figures of students beside a teacher."""
 
     def __init__(self, tokens: str | Path, teacher: Path, length: int, most: int | None) -> None:
         self.data, self.length, self.most = TokenSplit(tokens, "test"), length, most
         self.device = resolve_device("auto")
         examples = open_examples(tokens, "test", length)
-        asked = Asked(examples.vocab_size)
+        asked = Asked(min(TOLD_APART, examples.vocab_size))
         self.teacher = open_direct(teacher, examples, asked, device=self.device)
 
     def figures(self, folder: Path) -> dict[str, Any]:
@@ -177,11 +178,15 @@ class Kept:
             "steps": settings.steps,
             "teacher": str(settings.teacher),
             "test_tokens": settings.test_tokens,
+            "told_apart": TOLD_APART,
             "overrides": settings.overrides,
             "rows": [],
         }
         before = self.all.get(settings.part, {"rows": []})
-        alike = all(before.get(k) == self.part[k] for k in ("teacher", "test_tokens", "versions"))
+        alike = all(
+            before.get(k) == self.part[k]
+            for k in ("teacher", "test_tokens", "told_apart", "versions")
+        )
         self.measured = {row["run"]: row for row in before["rows"]} if alike else {}
 
     def add(

@@ -60,8 +60,8 @@ def distilled(part: dict[str, Any], folder: Path) -> list[str]:
         "data in the same order, the same learning rate; without a teacher the loss is the "
         "next token's alone. Measured on "
         f"{part['rows'][0]['tokens']:,} tokens of the test split. Agreement: how often both "
-        "think the same token likeliest; KL: from the teacher's whole distribution, in nats; "
-        "calibration error: of the likeliest token's probability.",
+        f"think the same token likeliest; KL: from the teacher, in nats, its {part['told_apart']} "
+        "likeliest tokens told apart; calibration error: of the likeliest token's probability.",
         table(["", *LEARNED, *LIKENESS], rows),
         *lines,
     ]
