@@ -44,6 +44,7 @@ def made(part: dict[str, Any]) -> list[str]:
 
 def distilled(part: dict[str, Any], folder: Path) -> list[str]:
     teacher, groups = part["of_teacher"], by_arm(part["rows"])
+    apart = part.get("told_apart", 4096)  # figures without it told all of the vocabulary apart
     rows = [[name, *learned(group), *likeness(group)] for name, group in groups.items()]
     own = [{**teacher, "minutes": 0.0}]
     rows.append(["the teacher", "", "", *likeness(own)])
@@ -60,7 +61,7 @@ def distilled(part: dict[str, Any], folder: Path) -> list[str]:
         "data in the same order, the same learning rate; without a teacher the loss is the "
         "next token's alone. Measured on "
         f"{part['rows'][0]['tokens']:,} tokens of the test split. Agreement: how often both "
-        f"think the same token likeliest; KL: from the teacher, in nats, its {part['told_apart']} "
+        f"think the same token likeliest; KL: from the teacher, in nats, its {apart:,} "
         "likeliest tokens told apart; calibration error: of the likeliest token's probability.",
         table(["", *LEARNED, *LIKENESS], rows),
         *lines,
