@@ -251,6 +251,11 @@ def test_data_of_another_kind(command: Command, run: str) -> None:
     answer = command("train", "puzzle_sudoku", f"data.path={talk}", *PUZZLES)
     assert answer.status == 2
     assert "holds conversations" in answer.err
+    answer = command(
+        "train", "puzzle_sudoku", "model.causal=true", "model.puzzle_identifiers=0", *PUZZLES
+    )
+    assert answer.status == 2
+    assert "holds puzzles" in answer.err
     answer = command(*TRAIN, "dataset.name=null", f"data.path={token_directory()}")
     assert answer.status == 5
     assert "holds tokens" in answer.err

@@ -145,4 +145,10 @@ def _puzzles(config: Config, split: str) -> Split:
             f"{config.data.path} holds {kind}, and objective.name=act learns from conversations or "
             "puzzles. For these data:\n  objective.name=next_token model.schedule=once"
         )
+    if config.model.causal:
+        raise ConfigError(
+            f"{config.data.path} holds puzzles, whose answer stands in the places of the question: "
+            "a model with model.causal=true fills each in before it has seen the rest. Use:\n"
+            "  model.causal=false"
+        )
     return Split(config.data.folder, split)
