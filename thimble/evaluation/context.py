@@ -40,7 +40,8 @@ def measure(
     ids = np.random.default_rng(0).integers(0, vocabulary, max(lengths))
     with progress("context", sum(reading), "tokens") as advance:
         for name, reader in models.items():
-            rows, too_long = [], []
+            rows: list[dict[str, Any]] = []
+            too_long = []
             for length in lengths:
                 if length + NEW_TOKENS > reader.most:
                     too_long.append(length)

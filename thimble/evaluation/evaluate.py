@@ -135,7 +135,7 @@ def evaluate(
     have none of these.
     """
     directory = checkpoint.resolve(path)
-    own = {"tokens": tokens, "tasks": tasks, "limit": limit, "teacher": teacher}
+    own: dict[str, Any] = {"tokens": tokens, "tasks": tasks, "limit": limit, "teacher": teacher}
     own |= {"needle": needle, "context": context, "lengths": lengths}
     others = own if is_recursive(directory) else recursive
     if given := [name.replace("_", "-") for name, value in others.items() if value]:
@@ -158,9 +158,9 @@ def evaluate(
     model, data, config, notes = open_checkpoint(directory, split, tokens, device)
     length = _length(config, model, data)
     found = students.find_teacher(directory, config, teacher, data, length, model.device, notes)
-    text: Text = data
-    if isinstance(data, PackedChunks):
-        text = PackedText(data, model.tokenizer, WORD_TOKENS)
+    text: Text = (
+        PackedText(data, model.tokenizer, WORD_TOKENS) if isinstance(data, PackedChunks) else data
+    )
     far = _far(model, text, found, length, needle, context, lengths, notes)
     # First, as their data may not be there.
     measured = harness.run(directory, tasks, limit, model.device) if tasks else None
@@ -340,7 +340,8 @@ def _far(
     if found and loaded is None:
         notes.append(f"{found.name} answers over the network, so only the student's were measured.")
     models = reading.readers(model, loaded)
-    hidden = taken = None
+    hidden: dict[str, Any] | None = None
+    taken: dict[str, Any] | None = None
     if needles:
         made = needle.make(text.tokens[:MOST_TEXT], model.tokenizer)
         chosen = lengths or needle.usual_lengths(made, length)

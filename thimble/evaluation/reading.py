@@ -97,7 +97,8 @@ class TeacherReader:
     def begin(self, batch: int, capacity: int) -> Any:
         from transformers import DynamicCache
 
-        return DynamicCache(config=self.loaded.model.config)
+        config: Any = self.loaded.model.config
+        return DynamicCache(config=config)
 
     def read(self, ids_bt: Tensor, state: Any) -> Tensor:
         loaded = self.loaded

@@ -43,7 +43,7 @@ AT_ONCE = 64
 
 
 def open_rows(
-    folder: str | Path, split: str, length: int, notes: list[str]
+    folder: str | Path, split: str, length: int | None, notes: list[str]
 ) -> TokenSplit | PackedChunks:
     """Held-out text: a split of a tokens folder, or of packed chunks of ``length``, which hold out
     one only."""
