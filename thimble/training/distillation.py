@@ -169,7 +169,7 @@ def asked_of(config: Config) -> Asked:
 
 def open_teacher(config: Config, examples: Examples, device: torch.device) -> Teacher:
     """The teacher of a run; see ``thimble.teachers`` for what is raised."""
-    options, asked = config.teacher, asked_of(config)
+    options, asked = config.teacher, within(asked_of(config), examples.vocab_size)
     teacher: Teacher
     if options.mode == "cached":
         assert options.cache is not None
@@ -177,7 +177,6 @@ def open_teacher(config: Config, examples: Examples, device: torch.device) -> Te
         if options.path is not None:
             wanted = identity(teacher_folder(options.path), _path(options.adapter))
         return CachedTeacher(options.cache, examples, asked, wanted)
-    asked = within(asked, examples.vocab_size)
     if options.mode == "served":
         teacher = _served(config, examples, asked)
     else:

@@ -104,8 +104,9 @@ class NextTokenTask:
         return objective(piece.inputs, piece.targets, self.seen(piece.starts)) * piece.scale
 
     def seen(self, starts: Tensor) -> Tensor | None:
-        """Where documents begin, for a model that keeps them apart."""
-        return starts if self.model.config.mixer == "retention" else None
+        """Where documents begin, for a model that keeps them apart: retention always, attention
+        those of packed chunks, where a teacher does so, too."""
+        return starts if self.model.config.mixer == "retention" or self.windows.apart else None
 
     def settle(self) -> None:
         pass
