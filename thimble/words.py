@@ -188,6 +188,23 @@ def named_outputs(words: Sequence[str], given: Sequence[str] | None) -> tuple[li
     return [word for word in words if word not in more], [*outputs, *more]
 
 
+def recipe_and_words(
+    recipe: str | None, words: Sequence[str] | None, *, resumed: bool
+) -> tuple[str | None, list[str]]:
+    """The recipe, named as the first word or by the documents' ``--config FILE``, and the words
+    that are left. ``resumed``: the run knows its recipe, so the first word may be a setting."""
+    from thimble.config.documents import recipe_of
+
+    left = list(words or [])
+    if recipe is not None and (recipe.startswith("-") or (resumed and "=" in recipe)):
+        left.insert(0, recipe)
+        recipe = None
+    named, left = recipe_of(left)
+    if recipe is not None and named is not None:
+        raise ConfigError(f"Which recipe? There are two: {recipe} and --config ({named}).")
+    return recipe or named, left
+
+
 def check_options(words: Sequence[str], options: Sequence[str]) -> list[str]:
     """Refuse a misspelt option of the command itself before it is taken for a key."""
     from thimble.config.load import Misspelt

@@ -188,7 +188,7 @@ def evaluation_teacher(config: Config, teacher: Teacher, device: torch.device) -
         return teacher  # a served one, which knows temperature 1 only
     if config.teacher.path is None:
         return None
-    examples = open_examples(config.data.folder, "val", config.training.sequence_length)
+    examples = open_examples(config.data.folder, "train", config.training.sequence_length)
     asked = _within(Asked(config.teacher.topk), examples.vocab_size)
     return _direct(config, examples, asked, device)
 
