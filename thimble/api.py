@@ -245,6 +245,10 @@ def evaluate(
     tokens: PathLike | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    teacher: PathLike | None = None,
+    needle: bool = False,
+    context: bool = False,
+    lengths: Sequence[int] = (),
     device: str = "auto",
     **recursive: Any,
 ) -> Evaluation | RecursiveEvaluation | Selection:
@@ -254,6 +258,10 @@ def evaluate(
     or a run with ``every`` (all its checkpoints), give a ``Selection``: the ranking by weighted
     score, kept as ``best_checkpoint_selection.json``. ``tokens``: held-out text for a checkpoint
     that is not of a run of ours. ``tasks``: of lm-evaluation-harness, ``limit`` items of each.
+
+    A student is held against its teacher; ``teacher`` names another, or one for any model.
+    ``needle``: facts hidden in contexts of ``lengths`` tokens and asked for; ``context``: tokens
+    per second and memory against the length of the context.
 
     A recursive model gives a ``RecursiveEvaluation``: its answers after each supervision step.
     ``recursive``: ``subset_size``, ``save_outputs``, ``overrides`` and the other fields of
@@ -266,6 +274,7 @@ def evaluate(
     if not chosen:
         raise ConfigError("Which checkpoint? For example:\n  thimble evaluate runs/slm_nano/...")
     options: dict[str, Any] = {"split": split, "tokens": tokens, "tasks": tasks, "limit": limit}
+    options |= {"teacher": teacher, "needle": needle, "context": context, "lengths": lengths}
     options |= recursive
     several = every or len(chosen) > 1
     return (

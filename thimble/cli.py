@@ -43,6 +43,7 @@ from thimble.words import (
     complete_recipe,
     fill_resume,
     named_outputs,
+    numbers,
     recipe_and_words,
     settings_of,
 )
@@ -193,6 +194,18 @@ def evaluate(
         str | None, typer.Option(help="Of lm-evaluation-harness: names or YAML files, a,b,c.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each such task.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Whom it is held against; default: whom it learned from.")
+    ] = None,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Facts hidden in held-out text, by depth and length.")
+    ] = False,
+    context: Annotated[
+        bool, typer.Option("--context", help="Tokens per second and memory against the context.")
+    ] = False,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N...", help="Contexts of these two, in tokens.")
+    ] = None,
     subset_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Recursive: so many examples.")
     ] = None,
@@ -233,6 +246,10 @@ def evaluate(
         tokens=tokens,
         tasks=tuple(tasks.split(",")) if tasks else (),
         limit=limit,
+        teacher=teacher,
+        needle=needle,
+        context=context,
+        lengths=numbers("--lengths", lengths),
         device=device,
         subset_size=subset_size,
         batch_size=batch_size,

@@ -205,6 +205,14 @@ def recipe_and_words(
     return recipe or named, left
 
 
+def numbers(option: str, given: str | None) -> tuple[int, ...]:
+    """The whole numbers above 0 of ``a,b,c``, each once, in order; ConfigError for others."""
+    words = given.split(",") if given else []
+    if wrong := [word for word in words if not (word.strip().isdecimal() and int(word))]:
+        raise ConfigError(f"{option} {given}: {wrong[0]!r} is no whole number above 0.")
+    return tuple(sorted({int(word) for word in words}))
+
+
 def check_options(words: Sequence[str], options: Sequence[str]) -> list[str]:
     """Refuse a misspelt option of the command itself before it is taken for a key."""
     from thimble.config.load import Misspelt
