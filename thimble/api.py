@@ -152,6 +152,12 @@ def train(
                 f"{run} is a run of {saved.recipe}, not of {config.recipe}. Resume it with:\n"
                 f"  thimble train {saved.recipe} --resume {resume}"
             )
+        asked, kept = config and config.objective.name, saved.objective.name
+        if asked not in (None, kept):
+            log.info(
+                "going on with objective.name=%s, as before; the recipe has objective.name=%s",
+                *(kept, asked),
+            )
         if any(re.match(r"[-+]*dataset\b", key) for key in (*overrides, *nested)):
             saved = saved.model_copy(update={"data": DataConfig()})  # it may be others now
         config, resume = data.ready(saved), run if resume == "auto" else resume
@@ -239,6 +245,10 @@ def evaluate(
     tokens: PathLike | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    teacher: PathLike | None = None,
+    needle: bool = False,
+    context: bool = False,
+    lengths: Sequence[int] = (),
     device: str = "auto",
     **recursive: Any,
 ) -> Evaluation | RecursiveEvaluation | Selection:
@@ -248,6 +258,10 @@ def evaluate(
     or a run with ``every`` (all its checkpoints), give a ``Selection``: the ranking by weighted
     score, kept as ``best_checkpoint_selection.json``. ``tokens``: held-out text for a checkpoint
     that is not of a run of ours. ``tasks``: of lm-evaluation-harness, ``limit`` items of each.
+
+    A student is held against its teacher; ``teacher`` names another, or one for any model.
+    ``needle``: facts hidden in contexts of ``lengths`` tokens and asked for; ``context``: tokens
+    per second and memory against the length of the context.
 
     A recursive model gives a ``RecursiveEvaluation``: its answers after each supervision step.
     ``recursive``: ``subset_size``, ``save_outputs``, ``overrides`` and the other fields of
@@ -260,6 +274,7 @@ def evaluate(
     if not chosen:
         raise ConfigError("Which checkpoint? For example:\n  thimble evaluate runs/slm_nano/...")
     options: dict[str, Any] = {"split": split, "tokens": tokens, "tasks": tasks, "limit": limit}
+    options |= {"teacher": teacher, "needle": needle, "context": context, "lengths": lengths}
     options |= recursive
     several = every or len(chosen) > 1
     return (

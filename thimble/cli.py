@@ -43,6 +43,8 @@ from thimble.words import (
     complete_recipe,
     fill_resume,
     named_outputs,
+    numbers,
+    recipe_and_words,
     settings_of,
 )
 
@@ -84,7 +86,11 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[auto|PATH]", help="Go on: the newest run, or this run/checkpoint."),
+        typer.Option(
+            *("--resume", "--resume-from"),
+            metavar="[auto|PATH]",
+            help="Go on: the newest run, or this run/checkpoint.",
+        ),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Short for training.max_steps=N.")] = None,
     retry: Retry = None,
@@ -92,13 +98,9 @@ def train(
     on_failure: Annotated[str | None, typer.Option(help="Shell command to call then.")] = None,
 ) -> Any:
     """Train a model by a recipe."""
-    words = check_options(
-        overrides or [],
-        ["--resume", "--max-steps", "--retry", "--on-success", "--on-failure", "--json", "--help"],
-    )
-    if recipe is not None and ("=" in recipe or recipe.startswith("-")) and resume:
-        words.insert(0, recipe)  # `train --resume PATH key=value`: the run knows its recipe
-        recipe = None
+    options = ["--resume", "--max-steps", "--retry", "--on-success", "--on-failure", "--json"]
+    recipe, given = recipe_and_words(recipe, overrides, resumed=resume is not None)
+    words = check_options(given, [*options, "--help"])
     if max_steps is not None:
         words.append(f"training.max_steps={max_steps}")
     return api.train(
@@ -192,6 +194,18 @@ def evaluate(
         str | None, typer.Option(help="Of lm-evaluation-harness: names or YAML files, a,b,c.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each such task.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Whom it is held against; default: whom it learned from.")
+    ] = None,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Facts hidden in held-out text, by depth and length.")
+    ] = False,
+    context: Annotated[
+        bool, typer.Option("--context", help="Tokens per second and memory against the context.")
+    ] = False,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N...", help="Contexts of these two, in tokens.")
+    ] = None,
     subset_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Recursive: so many examples.")
     ] = None,
@@ -232,6 +246,10 @@ def evaluate(
         tokens=tokens,
         tasks=tuple(tasks.split(",")) if tasks else (),
         limit=limit,
+        teacher=teacher,
+        needle=needle,
+        context=context,
+        lengths=numbers("--lengths", lengths),
         device=device,
         subset_size=subset_size,
         batch_size=batch_size,

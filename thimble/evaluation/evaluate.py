@@ -1,7 +1,9 @@
 """Everything measured of a checkpoint, and the choice among several.
 
-held-out text -> loss, perplexity, bits per byte, accuracy, by category
+held-out text -> loss, perplexity, bits per byte, accuracy, calibration, by category
+the same, beside the teacher of a student -> divergence from it, agreement
 generated text -> length, repetition, coherence, beside the real continuations
+needles, context -> what is remembered over how far, and at what cost (where it is asked for)
 speed, the operating-system benchmark, tasks of lm-evaluation-harness -> one weighted score
 """
 
@@ -21,11 +23,20 @@ from thimble.config.load import CONFIG_FILE, load_run
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import ConfigError, DataError
-from thimble.evaluation import domain, speed
-from thimble.evaluation.perplexity import evaluate_model, held_out
-from thimble.evaluation.samples import held_out_samples, known_words, text_figures
+from thimble.evaluation import context, domain, needle, reading, speed, students
+from thimble.evaluation.perplexity import check_trained_on
+from thimble.evaluation.samples import (
+    WORD_TOKENS,
+    Text,
+    held_out_samples,
+    known_words,
+    text_figures,
+)
 from thimble.generation.model import Model, load
 from thimble.models import interop
+from thimble.teachers.direct import DirectTeacher
+from thimble.tokens.packed import PackedChunks
+from thimble.tokens.packed_text import PackedText
 from thimble.tokens.shards import TokenSplit, check_tokenizer
 from thimble.training import checkpoint
 
@@ -38,6 +49,7 @@ REPORT, SELECTION = "evaluation_report.json", "best_checkpoint_selection.json"
 SPLITS = ("val", "test")
 TEXTS = 16
 SHOWN = 4
+MOST_TEXT = 1 << 22  # tokens of the haystack
 MMLU = "mmlu"
 # The specification's weights, and the value at which a part is full.
 WEIGHTS = {"perplexity": 0.4, "os": 0.3, "mmlu": 0.2, "speed": 0.1}
@@ -46,7 +58,8 @@ FULL_PERPLEXITY, FULL_SPEED = 10.0, 50.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``figures`` is ``evaluate_split``'s; what was not measured is None, and ``notes`` say why."""
+    """``figures`` are ``students.measure``'s, ``needle`` is ``needle.search``'s, ``context``
+    ``context.measure``'s; what was not measured is None, and ``notes`` say why."""
 
     checkpoint: Path
     recipe: str | None
@@ -55,12 +68,15 @@ class Evaluation:
     split: str
     tokens: Path
     tokens_fingerprint: str
+    teacher: str | None
     figures: dict[str, Any]
     generated: dict[str, Any]
     real: dict[str, Any]
     speed: dict[str, Any]
     benchmark: dict[str, Any] | None
     tasks: dict[str, Any] | None
+    needle: dict[str, Any] | None
+    context: dict[str, Any] | None
     score: dict[str, float]
     samples: list[dict[str, Any]]
     notes: list[str]
@@ -101,6 +117,10 @@ def evaluate(
     tokens: str | Path | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    teacher: str | Path | None = None,
+    needle: bool = False,
+    context: bool = False,
+    lengths: Sequence[int] = (),
     device: str = "auto",
     **recursive: Any,
 ) -> Evaluation | RecursiveEvaluation:
@@ -108,11 +128,15 @@ def evaluate(
 
     A checkpoint of ours knows its tokens; for another one (a llama or mistral of transformers)
     ``tokens`` names the directory, which must be of its tokenizer. ``tasks`` are names of
-    lm-evaluation-harness, or YAML files of tasks; ``limit`` bounds the items of each. ``recursive``
-    are those of ``request.Request``, for checkpoints of recursive models, which have none of these.
+    lm-evaluation-harness, or YAML files of tasks; ``limit`` bounds the items of each. A student is
+    held against the ``teacher`` it learned from, any other model against one that is named here.
+    ``needle`` hides facts in contexts of ``lengths`` tokens, ``context`` takes time and memory over
+    them. ``recursive`` are those of ``request.Request``, for checkpoints of recursive models, which
+    have none of these.
     """
     directory = checkpoint.resolve(path)
-    own = {"tokens": tokens, "tasks": tasks, "limit": limit}
+    own = {"tokens": tokens, "tasks": tasks, "limit": limit, "teacher": teacher}
+    own |= {"needle": needle, "context": context, "lengths": lengths}
     others = own if is_recursive(directory) else recursive
     if given := [name.replace("_", "-") for name, value in others.items() if value]:
         which = "other models" if others is own else "recursive models"
@@ -129,17 +153,24 @@ def evaluate(
         from thimble.evaluation import harness
 
         harness.check()
+    if lengths and not (needle or context):
+        raise ConfigError("--lengths are of contexts: give --needle, --context, or both.")
     model, data, config, notes = open_checkpoint(directory, split, tokens, device)
+    length = _length(config, model, data)
+    found = students.find_teacher(directory, config, teacher, data, length, model.device, notes)
+    text: Text = data
+    if isinstance(data, PackedChunks):
+        text = PackedText(data, model.tokenizer, WORD_TOKENS)
+    far = _far(model, text, found, length, needle, context, lengths, notes)
     # First, as their data may not be there.
     measured = harness.run(directory, tasks, limit, model.device) if tasks else None
-    length = config.training.sequence_length if config else model.config.max_position_embeddings
-    figures = evaluate_model(model.scores, model, data, length)
+    figures = students.measure(model, data, length, found.teacher if found else None)
     if math.isnan(figures["loss"]):
         raise DataError(
             f"The loss of {directory} on the {split} split is not a number: its weights are "
             "damaged. Evaluate an earlier checkpoint."
         )
-    generated, real, samples = _texts(model, data, config)
+    generated, real, samples = _texts(model, text, config)
     benchmark = _benchmark(model, data, notes)
     pace = speed.measure(model)
     if not tasks or MMLU not in (measured or {}):
@@ -149,15 +180,17 @@ def evaluate(
         recipe=config.recipe if config else None,
         step=_step(directory),
         parameters=model.network.num_parameters(),
-        split=split,
+        split=data.split or split,
         tokens=data.directory,
         tokens_fingerprint=data.manifest["fingerprint"],
+        teacher=found.name if found else None,
         figures=figures,
         generated=generated,
         real=real,
         speed=pace,
         benchmark=benchmark,
         tasks=measured,
+        **far,
         score=weighted_score(
             figures["perplexity"],
             benchmark["accuracy"] if benchmark else None,
@@ -252,18 +285,20 @@ def all_checkpoints(run: str | Path) -> list[Path]:
 
 def open_checkpoint(
     directory: Path, split: str, tokens: str | Path | None, device: str
-) -> tuple[Model, TokenSplit, Config | None, list[str]]:
+) -> tuple[Model, TokenSplit | PackedChunks, Config | None, list[str]]:
     """A checkpoint's model, held-out tokens and, where it is of a run of ours, configuration.
 
     Notes say what cannot be known of tokens that were named by hand.
     """
     config = load_run(directory) if (directory / CONFIG_FILE).is_file() else None
     notes: list[str] = []
+    length = config.training.sequence_length if config else None
     if config and tokens is None:
         manifest = artifacts.read_json(directory / artifacts.MANIFEST)
-        data = held_out(directory, manifest, config, split)
+        data = students.open_rows(config.data.folder, split, length, notes)
+        check_trained_on(data, directory, manifest)
     elif tokens is not None:
-        data = TokenSplit(tokens, split)
+        data = students.open_rows(tokens, split, length, notes)
         notes.append(f"Whether {directory} was trained on text of {tokens} is not known here.")
     else:
         raise ConfigError(
@@ -281,8 +316,43 @@ def _step(directory: Path) -> int | None:
     return artifacts.read_json(manifest)["options"].get("step") if manifest.is_file() else None
 
 
+def _length(config: Config | None, model: Model, data: TokenSplit | PackedChunks) -> int:
+    if isinstance(data, PackedChunks):
+        return data.length
+    return config.training.sequence_length if config else model.config.max_position_embeddings
+
+
+def _far(
+    model: Model,
+    text: Text,
+    found: students.Found | None,
+    length: int,
+    needles: bool,
+    costs: bool,
+    lengths: Sequence[int],
+    notes: list[str],
+) -> dict[str, Any]:
+    """What is remembered over how far, and at what cost: ``needle`` and ``context``."""
+    if not (needles or costs):
+        return {"needle": None, "context": None}
+    teacher = found.teacher if found else None
+    loaded = teacher.loaded if isinstance(teacher, DirectTeacher) else None
+    if found and loaded is None:
+        notes.append(f"{found.name} answers over the network, so only the student's were measured.")
+    models = reading.readers(model, loaded)
+    hidden = taken = None
+    if needles:
+        made = needle.make(text.tokens[:MOST_TEXT], model.tokenizer)
+        chosen = lengths or needle.usual_lengths(made, length)
+        hidden = needle.search(models, made, model.tokenizer, chosen)
+    if costs:
+        chosen = lengths or reading.doubling(512, max(8192, 4 * length))
+        taken = context.measure(models, model.tokenizer.vocab_size, chosen)
+    return {"needle": hidden, "context": taken}
+
+
 def _texts(
-    model: Model, data: TokenSplit, config: Config | None
+    model: Model, data: Text, config: Config | None
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     samples, real = held_out_samples(
         model,
@@ -292,14 +362,26 @@ def _texts(
         top_k=config.evaluation.top_k if config else 50,
         seed=config.seed if config else 1,
     )
-    known = known_words(model, TokenSplit(data.directory, "train"))
+    known = known_words(model, _training_text(model, data))
     prompts = [sample.prompt for sample in samples]
     generated = text_figures(model, prompts, [sample.text for sample in samples], known)
     shown = [dataclasses.asdict(sample) for sample in samples[:SHOWN]]
     return generated, text_figures(model, prompts, real, known), shown
 
 
-def _benchmark(model: Model, data: TokenSplit, notes: list[str]) -> dict[str, Any] | None:
+def _training_text(model: Model, data: Text) -> Text:
+    if isinstance(data, PackedText):
+        chunks = PackedChunks(data.directory, "train", length=data.manifest["max_seq_length"])
+        return PackedText(chunks, model.tokenizer, WORD_TOKENS)
+    return TokenSplit(data.directory, "train")
+
+
+def _benchmark(
+    model: Model, data: TokenSplit | PackedChunks, notes: list[str]
+) -> dict[str, Any] | None:
+    if isinstance(data, PackedChunks):
+        notes.append("No operating-system benchmark: it is made of a corpus, these are chunks.")
+        return None
     try:
         made = domain.benchmark(data.directory)
     except DataError as error:

@@ -26,6 +26,8 @@ from thimble.errors import DataError
 if TYPE_CHECKING:
     from thimble.config.schema import Config
     from thimble.generation.model import Model
+    from thimble.tokens.packed import PackedChunks
+    from thimble.tokens.packed_text import PackedText
     from thimble.tokens.shards import TokenSplit
 
 IGNORED = -100
@@ -48,13 +50,20 @@ def held_out(
     from thimble.tokens.shards import TokenSplit
 
     data = TokenSplit(config.data.folder, split)
+    check_trained_on(data, directory, manifest)
+    return data
+
+
+def check_trained_on(
+    data: TokenSplit | PackedChunks, directory: Path, manifest: Mapping[str, Any]
+) -> None:
+    """Raise DataError unless the checkpoint at ``directory`` was trained on these very data."""
     if data.manifest["fingerprint"] != manifest["inputs"].get("tokens"):
         raise DataError(
-            f"{config.data.folder} is not what {directory} was trained on: it was built again "
+            f"{data.directory} is not what {directory} was trained on: it was built again "
             "since, and what is held out now may have been trained on. Train again, or put "
             "the former tokens back."
         )
-    return data
 
 
 def evaluate_split(
@@ -182,7 +191,7 @@ def evaluate_model(
 
 
 def choose_documents(
-    split: TokenSplit, max_tokens: int | None
+    split: TokenSplit | PackedText, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A split's stream and the tokens, bytes and category of each of its documents.
 

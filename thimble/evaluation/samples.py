@@ -13,8 +13,10 @@ from thimble.console import progress
 from thimble.evaluation.degeneration import degeneration, distinct_pairs
 from thimble.evaluation.perplexity import choose_documents
 from thimble.generation.model import Model
+from thimble.tokens.packed_text import PackedText
 from thimble.tokens.shards import TokenSplit
 
+Text = TokenSplit | PackedText
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 96
 WORD_TOKENS = 2_000_000  # training tokens whose words count as known
@@ -29,7 +31,7 @@ class Sample:
 
 
 def held_out_samples(
-    model: Model, data: TokenSplit, count: int, *, temperature: float, top_k: int, seed: int
+    model: Model, data: Text, count: int, *, temperature: float, top_k: int, seed: int
 ) -> tuple[list[Sample], list[str]]:
     """Seeded continuations of the beginnings of held-out documents, and the real continuations.
 
@@ -100,7 +102,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def known_words(model: Model, train: TokenSplit) -> frozenset[str]:
+def known_words(model: Model, train: Text) -> frozenset[str]:
     """The words of an even choice of training documents, two million tokens at most."""
     stream, lengths, *_ = choose_documents(train, WORD_TOKENS)
     found: set[str] = set()

@@ -22,6 +22,12 @@ Maker = Callable[[Mapping[str, Any]], tuple[Row, list[Row]]]
 # As the recursive models' own programs print them, and in their order.
 DOCUMENTED = "accuracy", "exact_accuracy", "lm_loss", "q_halt_accuracy", "q_halt_loss", "steps"
 
+NEEDLE_FIGURES = {
+    "accuracy": "needles found, by depth",
+    "choice": "right first word, by depth",
+    "nats": "nats gained by the needle",
+}
+
 
 def figures_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Held-out text, all of it and by category: headings and rows."""
@@ -40,6 +46,77 @@ def figures_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         ]
         for name, part in parts.items()
     ]
+
+
+def student_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Beside the teacher, and how far from as sure as it is right: of all text, by category."""
+    figures = evaluation["figures"]
+    head = ["beside the teacher", "KL, nats", "same likeliest", "calibration error"]
+    if "calibration_error" not in figures:  # of an earlier version
+        return head, []
+    if evaluation["teacher"] is None:
+        head = ["calibration", "error"]
+        return head, [["likeliest token", f"{figures['calibration_error']:.1%}"]]
+    head += ["teacher's bits/byte", "its perplexity"]
+    parts = {"all": figures, **figures["by_category"]}
+    return head, [
+        [
+            name,
+            _number(part["teacher_kl"], ".4f"),
+            f"{part['teacher_agreement']:.1%}",
+            f"{part['calibration_error']:.1%}",
+            _number(part.get("teacher_bits_per_byte"), ".3f"),
+            _number(part.get("teacher_perplexity"), ",.2f"),
+        ]
+        for name, part in parts.items()
+    ]
+
+
+def needle_tables(evaluation: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
+    """Of each model what it makes of needles: a row for each length, a column for each depth."""
+    needle = evaluation.get("needle")
+    if not needle:
+        return []
+    made = []
+    for name, found in needle["models"].items():
+        for figure, title in NEEDLE_FIGURES.items():
+            head = [f"{name}: {title}", *(f"{depth:.0%}" for depth in needle["depths"])]
+            head += ["no needle"] * (figure != "nats")
+            rows = []
+            for row in found["without"]:
+                length = row["length"]
+                cells = [cell[figure] for cell in found["cells"] if cell["length"] == length]
+                if figure == "nats":
+                    rows.append([f"{length:,} tokens", *(f"{value:+.2f}" for value in cells)])
+                else:
+                    shares = [*cells, row[figure]]
+                    rows.append([f"{length:,} tokens", *(f"{value:.0%}" for value in shares)])
+            made.append((head, rows))
+    return made
+
+
+def context_tables(evaluation: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
+    """Speed and memory against the length of what was read."""
+    context = evaluation.get("context")
+    if not context:
+        return []
+    made = []
+    for name, found in context["models"].items():
+        head = [f"{name} after", "reading, tokens/s", "writing, tokens/s", "state", "peak"]
+        rows = [
+            [
+                f"{row['length']:,} tokens" + " (more than made for)" * row["beyond"],
+                f"{row['prefill_tokens_per_second']:,.0f}",
+                f"{row['decode_tokens_per_second']:,.0f}",
+                _bytes(row["state_bytes"]),
+                _bytes(row["peak_bytes"]),
+            ]
+            for row in found["rows"]
+        ]
+        if not any(row["peak_bytes"] for row in found["rows"]):
+            head, rows = head[:-1], [row[:-1] for row in rows]
+        made.append((head, rows))
+    return made
 
 
 def text_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
@@ -156,15 +233,19 @@ def vote_rows(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 def tables(evaluation: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
     """All tables of an evaluation, those that have rows; ``evaluation`` is its ``to_dict()``."""
-    made: tuple[Maker, ...] = (figures_rows, text_rows, benchmark_rows, speed_rows, score_rows)
     if "kind" in evaluation:  # of a recursive model
-        made = (step_rows, baseline_rows, vote_rows)
-    return [table for table in (make(evaluation) for make in made) if table[1]]
+        found = [make(evaluation) for make in (step_rows, baseline_rows, vote_rows)]
+        return [table for table in found if table[1]]
+    first: tuple[Maker, ...] = (figures_rows, student_rows, text_rows, benchmark_rows)
+    found = [make(evaluation) for make in first]
+    found += [*needle_tables(evaluation), speed_rows(evaluation), *context_tables(evaluation)]
+    return [table for table in (*found, score_rows(evaluation)) if table[1]]
 
 
 def render_evaluation(result: Evaluation, console: Console) -> None:
     facts = f"{result.parameters:,} parameters, {result.split} split of {result.tokens}"
-    console.print(Text(f"{result.checkpoint}: {facts}"))
+    beside = f", teacher {result.teacher}" if result.teacher else ""
+    console.print(Text(f"{result.checkpoint}: {facts}{beside}"))
     for head, rows in tables(result.to_dict()):
         console.print(_table(head, rows))
     for note in result.notes:
@@ -233,3 +314,9 @@ def _exp(nats: float | None) -> float | None:
 
 def _number(value: float | None, kind: str) -> str:
     return "none" if value is None else format(value, kind)
+
+
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"

@@ -34,7 +34,9 @@ def documents_for(
     a mask. Attention has no state that knows them."""
     if starts_bt is None or config.mixer == "retention":
         return starts_bt
-    assert config.mixer == "attention" and config.causal and not state
+    assert config.mixer == "attention"
+    assert config.causal
+    assert not state
     return document_mask(starts_bt)
 
 

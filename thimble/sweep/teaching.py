@@ -36,7 +36,7 @@ def question(config: Config) -> str | None:
         {
             "teacher": [teacher.path, teacher.adapter, teacher.cache],
             "device": [config.device, config.precision],
-            "data": [config.data.path, config.training.sequence_length],
+            "data": [*config.data.model_dump().values(), config.training.sequence_length],
             "draws": [*asked.temperatures, asked.seed] if teacher.sampled else None,
         }
     )

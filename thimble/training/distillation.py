@@ -115,8 +115,7 @@ class DistillTask(NextTokenTask):
         found = held_out.find(options.cache, rows, asked, teacher.identity)
         if found is None and options.path is not None:
             if self.processes.main:
-                examples = open_examples(self.config.data.folder, "val", rows.length)
-                named = direct_teacher(self.config, examples, asked, self.device)
+                named = direct_teacher(self.config, self.examples, asked, self.device)
                 held_out.keep(options.cache, rows, named)
             self.processes.any(False)  # the others wait
             found = held_out.find(options.cache, rows, asked, teacher.identity)

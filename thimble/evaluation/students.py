@@ -1,0 +1,242 @@
+"""What is measured of a language model on held-out rows, and beside whom: its teacher."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thimble import artifacts
+from thimble.config.schema import Config
+from thimble.console import progress
+from thimble.errors import DataError, EnvironmentProblem
+from thimble.evaluation import agreement
+from thimble.evaluation.perplexity import BATCH_TOKENS, evaluate_split, perplexity
+from thimble.generation.model import Model
+from thimble.models.retention import document_starts
+from thimble.objectives.linear_cross_entropy import chunk_rows, token_losses, token_scores
+from thimble.objectives.sparse_targets import likeliest
+from thimble.teachers import Asked, Examples, Teacher, open_examples
+from thimble.teachers.direct import DirectTeacher, open_direct
+from thimble.teachers.models import LoadedModel, find, identity
+from thimble.tokens import packing
+from thimble.tokens.packed import PackedChunks
+from thimble.tokens.shards import TokenSplit
+from thimble.training.distillation import teacher_folder
+from thimble.training.rows import evaluate_chunks
+
+ACCURACIES = ["top1_accuracy", "top5_accuracy"]
+TEACHER_LOSS = "teacher_loss"
+TOPK = 512  # tokens told apart of a teacher that no configuration asks
+ABOUT = "teacher.json"
+AT_ONCE = 64
+
+
+# ------------------------------------------------------------------------------------- the rows
+
+
+def open_rows(
+    folder: str | Path, split: str, length: int, notes: list[str]
+) -> TokenSplit | PackedChunks:
+    """Held-out text: a split of a tokens folder, or of packed chunks of ``length``, which hold out
+    one only."""
+    manifest = Path(folder) / artifacts.MANIFEST
+    if not manifest.is_file() or artifacts.read_json(manifest).get("kind") != packing.KIND:
+        return TokenSplit(folder, split)
+    if split == "test":
+        notes.append(f"{folder} holds out one split, val, and training looked at it, too.")
+    return PackedChunks(folder, "val", length=length)
+
+
+def measure(
+    model: Model, data: TokenSplit | PackedChunks, length: int, teacher: Teacher | None
+) -> dict[str, Any]:
+    """Figures as of ``perplexity.evaluate_split``, with accuracies, calibration and, with a
+    ``teacher``, likeness to it, for all text and by category.
+
+    Rows are cut as in training and documents kept apart as there. ``teacher_kl``: nats over its
+    likeliest tokens and the rest; ``teacher_agreement``: how often both have the same likeliest
+    token. Of packed chunks there are no categories, and ``bytes`` are those of the decoded targets.
+    """
+    apart = isinstance(data, PackedChunks)
+    columns = [*ACCURACIES, *agreement.names(teacher=teacher is not None)]
+    if isinstance(teacher, DirectTeacher):
+        columns.append(TEACHER_LOSS)
+    score = functools.partial(_scores, model, teacher, apart)
+    rows = max(BATCH_TOKENS // length, 1)
+    with progress(
+        f"{data.split} perplexity", len(data), "chunks" if apart else "tokens"
+    ) as advance:
+        if isinstance(data, PackedChunks):
+
+            def counted(inputs: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+                advance(len(inputs))
+                return score(inputs, targets, starts)
+
+            figures = evaluate_chunks(counted, data, rows, None, model.device, columns)
+            figures |= _sizes(data, model)
+            figures["bits_per_byte"] = _bits_per_byte(figures["loss"], figures)
+            figures["by_category"] = {}
+        else:
+            figures = evaluate_split(
+                lambda inputs, targets: score(inputs, targets, None),
+                data,
+                length,
+                rows,
+                device=model.device,
+                advance=advance,
+                beside=columns,
+            )
+    for part in (figures, *figures["by_category"].values()):
+        part["calibration_error"] = agreement.calibration_error(part)
+        for name in agreement.BIN_NAMES:
+            del part[name]
+        if TEACHER_LOSS in part:
+            part["teacher_perplexity"] = perplexity(part[TEACHER_LOSS])
+            part["teacher_bits_per_byte"] = _bits_per_byte(part[TEACHER_LOSS], part)
+    return figures
+
+
+@torch.inference_mode()
+def _scores(
+    model: Model,
+    teacher: Teacher | None,
+    apart: bool,
+    inputs: Tensor,
+    targets: Tensor,
+    starts: Tensor | None,
+) -> Tensor:
+    if starts is None:
+        begin = document_starts(model.config, inputs, model.tokenizer.eot_id)
+    else:
+        begin = starts
+    hidden, head = model.network.hidden(inputs, starts_bt=begin), model.network.head.weight
+    found = [token_scores(hidden, head, targets)]
+    said: Any = None
+    others = []
+    begin = starts if apart else None
+    if isinstance(teacher, DirectTeacher):
+        theirs = teacher.loaded.hidden(inputs, begin)
+        loaded = teacher.loaded
+        said = likeliest(theirs, loaded.head, teacher.asked.k, (1.0,), loaded.finish)
+        others.append(_losses(theirs, loaded, targets)[..., None])
+    elif teacher is not None:
+        said = teacher.targets(range(len(inputs)), inputs, begin)
+    found.append(agreement.position_scores(hidden, head, targets, said)[..., 1:])
+    return torch.cat([*found, *others], dim=-1)
+
+
+def _losses(hidden: Tensor, loaded: LoadedModel, targets: Tensor) -> Tensor:
+    if loaded.finish is None:
+        return token_losses(hidden, loaded.head, targets)
+    rows = chunk_rows(hidden.device, len(loaded.head))
+    parts = zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
+    losses = [
+        F.cross_entropy(loaded.finish((part @ loaded.head.t()).float()), wanted, reduction="none")
+        for part, wanted in parts
+    ]
+    return torch.cat(losses).view(targets.shape)
+
+
+def _bits_per_byte(nats: float, figures: dict[str, Any]) -> float:
+    return nats * figures["tokens"] / math.log(2) / max(figures["bytes"], 1)
+
+
+def _sizes(chunks: PackedChunks, model: Model) -> dict[str, int]:
+    """Bytes of the decoded targets, and documents that begin."""
+    size = documents = 0
+    for first in range(0, len(chunks), AT_ONCE):
+        batch = chunks.rows(np.arange(first, min(first + AT_ONCE, len(chunks))))
+        documents += int(batch.starts.sum())
+        for targets in batch.targets:
+            ids = targets[(targets >= 0) & (targets != chunks.eot_id)]
+            size += len(model.tokenizer.decode(ids.tolist()).encode())
+    return {"bytes": size, "documents": documents}
+
+
+# ---------------------------------------------------------------------------------- the teacher
+
+
+@dataclass(frozen=True)
+class Found:
+    """A teacher and what it is called."""
+
+    teacher: Teacher
+    name: str
+
+
+def find_teacher(
+    directory: Path,
+    config: Config | None,
+    named: str | Path | None,
+    data: TokenSplit | PackedChunks,
+    length: int,
+    device: torch.device,
+    notes: list[str],
+) -> Found | None:
+    """The teacher ``named``, or the one the checkpoint at ``directory`` learned from.
+
+    None where it learned from none, and with a note where its own cannot be asked: it is not there,
+    is another one by now, or nobody says which it was. Raises what ``teachers`` raise for a named
+    one that does not fit.
+    """
+    examples = open_examples(data.directory, data.split or "val", length)
+    if named is not None:
+        folder = teacher_folder(str(named))
+        teacher = _open(folder, examples, config, None, device)
+        return Found(teacher, str(folder))
+    if config is None or config.objective.name != "distill":
+        return None
+    try:
+        return _own(directory, config, examples, device)
+    except (DataError, EnvironmentProblem) as error:
+        notes.append(f"Not held against its teacher: {str(error).splitlines()[0]}")
+        return None
+
+
+def _own(directory: Path, config: Config, examples: Examples, device: torch.device) -> Found:
+    options = config.teacher
+    if options.mode == "served":
+        from thimble.teachers.served import ServedTeacher
+
+        assert options.url is not None
+        asked = Asked(min(options.topk, examples.vocab_size))
+        served = ServedTeacher(options.url, examples, asked, model=options.path)
+        return Found(served, options.url)
+    if options.path is None:
+        raise DataError(
+            f"{options.cache} holds what one said of the training text alone, and no teacher.path "
+            "says who. Name it with --teacher."
+        )
+    adapter = None if options.adapter is None else Path(options.adapter)
+    about = directory / ABOUT
+    known = artifacts.read_json(about)["identity"] if about.is_file() else None
+    folder = teacher_folder(options.path)
+    if known is not None and identity(folder, adapter) != known:
+        # Of a recipe's runs the newest counts, which may be newer than the student.
+        others = [path.parent.parent for path in Path(options.path).glob("*/checkpoints/latest")]
+        same = [each for each in map(find, others) if identity(each, adapter) == known]
+        if not same:
+            raise DataError(f"{folder} is not the one it learned from. Name one with --teacher.")
+        folder = same[0]
+    return Found(_open(folder, examples, config, adapter, device), str(folder))
+
+
+def _open(
+    folder: Path,
+    examples: Examples,
+    config: Config | None,
+    adapter: Path | None,
+    device: torch.device,
+) -> DirectTeacher:
+    k = config.teacher.topk if config is not None else TOPK
+    asked = Asked(min(k, examples.vocab_size))
+    precision = config.precision if config is not None else "auto"
+    return open_direct(folder, examples, asked, adapter=adapter, device=device, precision=precision)
