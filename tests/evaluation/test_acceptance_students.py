@@ -61,9 +61,9 @@ def test_a_student_without_a_threshold_is_judged_by_the_rest(tmp_path: Path) -> 
 
 def test_what_leaves_the_house(student: Run, tmp_path: Path) -> None:
     """transformers' folders do, safe or pickled; what knows attention alone says so."""
-    for name, options in (("safe", {}), ("pickled", {"pickled": True})):
-        made = api.export_transformers(student.path, tmp_path / name, **options)
-        assert (Path(str(made)) / "config.json").is_file()
+    for export in (api.export_transformers, api.export_bin):
+        folder = export(student.path, tmp_path / export.__name__)
+        assert (folder / "config.json").is_file()
     for refused in (
         lambda: api.export_gguf(student.path),
         lambda: api.export_onnx(student.path),

@@ -71,6 +71,9 @@ def test_a_cache_is_counted_in_bytes(teacher: Path, tmp_path: Path) -> None:
 def test_a_teacher_that_is_not_here_is_said(tmp_path: Path) -> None:
     found = plan.plan(config(tmp_path, Path("meta-llama/Nobody-7B")))
     assert any("meta-llama/Nobody-7B is not here" in warning for warning in found.warnings)
+    known = plan.plan(config(tmp_path, Path("meta-llama/Llama-3.2-1B"))).teacher
+    assert known is not None
+    assert known.parameters == 1_235_814_400  # as its page on the hub says
 
 
 def test_the_peak_of_the_process_is_predicted_within_a_tenth(teacher: Path, tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ class DistillTask(NextTokenTask):
         rows = held_out_rows(self.config, self.examples)
         asked = within(Asked(options.topk), rows.vocab_size)
         found = held_out.find(options.cache, rows, asked, teacher.identity)
-        if found is None and options.path is not None:
+        # Nobody writes before all have looked, and nobody reads before it is written.
+        if self.processes.any(found is None)[0] and options.path is not None:
             if self.processes.main:
                 named = direct_teacher(self.config, self.examples, asked, self.device)
                 held_out.keep(options.cache, rows, named)

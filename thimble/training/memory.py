@@ -161,7 +161,8 @@ def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
         cycles = min(model.H_cycles, model.bp_cycles + 1)
         config = config.model_copy(update={"model": model.model_copy(update={"H_cycles": cycles})})
     sections = (config.model, config.objective, config.optim, config.training, config.teacher)
-    key = (*(section.model_dump_json() for section in sections), dtype, device_type)
+    parts = (section.model_dump_json() for section in sections)
+    key = (*parts, separated(config), dtype, device_type)
     if key not in _simulated:
         _simulated[key] = _run(config, dtype, device_type)
     return _simulated[key]

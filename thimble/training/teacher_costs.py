@@ -22,6 +22,20 @@ from thimble.teachers.cache import position_bytes
 from thimble.teachers.direct import DirectTeacher
 from thimble.teachers.models import LoadedModel
 
+# Of a teacher that our recipes name, so that a plan need not fetch it (its page on the hub).
+LLAMA: dict[str, Any] = {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+}
+KNOWN = {"meta-llama/Llama-3.2-1B": LLAMA, "meta-llama/Llama-3.2-1B-Instruct": LLAMA}
+
 
 @dataclass(frozen=True)
 class TeacherCosts:
@@ -36,8 +50,8 @@ class TeacherCosts:
 
 
 def local_config(config: Config) -> ModelConfig | None:
-    """The shape of a teacher that is on this machine; None where it is not, or is none that is
-    known here. Nothing is fetched."""
+    """The shape of a teacher that is on this machine, or known by its name; None of any other.
+    Nothing is fetched."""
     if config.objective.name != "distill" or config.teacher.path is None:
         return None
     from thimble.training.distillation import teacher_folder  # which has to do with plans
@@ -48,7 +62,8 @@ def local_config(config: Config) -> ModelConfig | None:
             folder = _fetched(folder)
         found = interop.read_config(teacher_folder(folder))
         return found if found.schedule == "once" else None
-    return None
+    known = KNOWN.get(config.teacher.path)
+    return ModelConfig(**known) if known else None
 
 
 def _fetched(name: str) -> str:
