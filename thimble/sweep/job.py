@@ -32,7 +32,7 @@ class Job:
     recipe: str
     fixed: dict[str, Any]
     total: int | None
-    caches: dict[str, str] = field(default_factory=dict)  # see ``teaching.prepare``
+    caches: teaching.Caches = field(default_factory=dict)
     process: int = field(default_factory=os.getpid)
     directory: str = field(default_factory=os.getcwd)
 

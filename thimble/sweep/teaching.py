@@ -20,8 +20,8 @@ from thimble.console import log
 from thimble.errors import EnvironmentProblem
 from thimble.teachers import Asked, open_examples
 
-# What is said of a run's teacher once its answers are in a cache.
-CACHED = {"mode": "cached", "cache_logits": False}
+# By ``question``: what is said of the teacher of a run once its answers are in a cache.
+Caches = dict[str, dict[str, Any]]
 
 
 def question(config: Config) -> str | None:
@@ -42,9 +42,9 @@ def question(config: Config) -> str | None:
     )
 
 
-def prepare(configs: Sequence[Config], *, here: bool) -> dict[str, str]:
-    """Ask every teacher that several of these runs have in common; returns the folder of the cache
-    for each ``question``. What was asked before, by this sweep or another, is not asked again.
+def prepare(configs: Sequence[Config], *, here: bool) -> Caches:
+    """Ask every teacher that several of these runs have in common. What was asked before, by this
+    sweep or another, is not asked again.
 
     ``here``: the runs are made in this process. Where others have a device that is missing here,
     each of them asks by itself.
@@ -55,12 +55,12 @@ def prepare(configs: Sequence[Config], *, here: bool) -> dict[str, str]:
             groups.setdefault(key, []).append(config)
         elif config.objective.name == "distill" and config.teacher.mode == "cached":
             check(config)
-    caches = {}
+    caches: Caches = {}
     for key, runs in groups.items():
         if len(runs) == 1:
             continue
         try:
-            caches[key] = str(ask(runs))
+            caches[key] = ask(runs)
         except EnvironmentProblem as error:
             if here:
                 raise
@@ -89,8 +89,12 @@ def check(config: Config) -> None:
     open_teacher(config, examples, torch.device("cpu"))
 
 
-def ask(runs: Sequence[Config]) -> Path:
-    """Fill the cache that serves all of ``runs``: rows they will see, and what they hold out."""
+def ask(runs: Sequence[Config]) -> dict[str, Any]:
+    """Fill the cache that serves all of ``runs``: rows they will see, and what they hold out.
+
+    Returns what then is to be said of their teacher. A recipe's newest run is named as the one it
+    is now, since there may be a newer one before the sweep ends.
+    """
     from thimble.teachers import held_out
     from thimble.teachers.direct import DirectTeacher
     from thimble.teachers.fill import fill, home
@@ -111,7 +115,8 @@ def ask(runs: Sequence[Config]) -> Path:
     made = fill(folder, examples, teacher, made_by=made_by, rows=rows)
     k = min(max(config.teacher.topk for config in runs), examples.vocab_size)
     for_evaluation = DirectTeacher(teacher.loaded, Asked(k), examples.vocab_size, teacher.identity)
-    for config in {config.evaluation.max_tokens: config for config in runs}.values():
+    judged = {c.evaluation.max_tokens: c for c in runs if c.training.eval_every}
+    for config in judged.values():
         wanted = held_out_rows(config, examples)
         if held_out.find(folder, wanted, for_evaluation.asked, teacher.identity) is None:
             held_out.keep(folder, wanted, for_evaluation)
@@ -121,7 +126,9 @@ def ask(runs: Sequence[Config]) -> Path:
         len(runs), f"{made.positions:,}", asked.k, "draws" if asked.sampled else "likeliest",
         ", ".join(f"{t:g}" for t in asked.temperatures), made.bytes / 1e6, folder,
     )  # fmt: skip
-    return folder
+    name = first.teacher.path or ""
+    path = str(teacher.loaded.folder) if Path(name).exists() else name
+    return {"mode": "cached", "cache_logits": False, "cache": str(folder), "path": path}
 
 
 def union(runs: Sequence[Config], vocabulary: int) -> Asked:
@@ -150,13 +157,13 @@ def seen(config: Config) -> np.ndarray:
     return rows.order(0, count)
 
 
-def taught(config: Config, caches: dict[str, str]) -> Config:
+def taught(config: Config, caches: Caches) -> Config:
     """The run as it reads its cache, where there is one for it."""
-    folder = caches.get(question(config) or "")
-    if folder is None or not _serves(config, folder):
+    found = caches.get(question(config) or "")
+    if found is None or not _serves(config, found["cache"]):
         return config
     tree: dict[str, Any] = config.model_dump(mode="python")
-    tree["teacher"] |= CACHED | {"cache": folder}
+    tree["teacher"] |= found
     return Config.model_validate(tree)
 
 

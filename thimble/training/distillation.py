@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thimble.config.schema import Config
+from thimble.console import log
 from thimble.errors import DataError
 from thimble.evaluation import agreement
 from thimble.models.causal_lm import CausalLM
@@ -134,12 +135,17 @@ class DistillTask(NextTokenTask):
 
     # --- checkpoints
 
+    def cursor(self, state: TrainerState) -> dict[str, Any]:
+        return {**super().cursor(state), "teacher": self.teacher.identity}
+
     def tensors(self) -> dict[str, Tensor]:
         # Of what no record has told yet, the sums of all are kept by one.
         return {"sums": self.processes.add(self.sums.clone())}
 
     def resume(self, cursor: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().resume(cursor, tensors)
+        if cursor.get("teacher", self.teacher.identity) != self.teacher.identity:
+            log.warning("from here on the teacher is another one than before")
         self.sums.zero_()
         if "sums" in tensors and self.processes.main:  # not after training without a teacher
             self.sums.copy_(tensors["sums"])
