@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -134,8 +135,11 @@ def _teacher(
     if key not in _asked:
         training = config.training
         with _chunks_of(device_type), FakeTensorMode(), Allocations() as count:
-            model = CausalLM(few).to(dtype).requires_grad_(False)
+            model = CausalLM(few)
             model.compute_dtype = dtype
+            for module in model.modules():  # ``to`` cannot exchange tensors without storage
+                for name, weight in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
             ids = torch.zeros(
                 (training.micro_batch_size, training.sequence_length), dtype=torch.int64
             )
