@@ -291,8 +291,8 @@ class RecursiveLM(nn.Module):
     ) -> Latents:
         """All cycles once; gradients go through the last ``bp_cycles`` of them.
 
-        ``caches`` are those of this supervision step, ``blocks_per_step`` of them. ``starts``, of
-        retention: where documents begin.
+        ``caches`` are those of this supervision step, ``blocks_per_step`` of them. ``documents``:
+        as of ``causal_lm.documents_for``.
         """
         config = self.config
         rope = self.rope_2sc[:, : x_bsd.shape[1]] if rope_2sc is None else rope_2sc
