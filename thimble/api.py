@@ -152,6 +152,12 @@ def train(
                 f"{run} is a run of {saved.recipe}, not of {config.recipe}. Resume it with:\n"
                 f"  thimble train {saved.recipe} --resume {resume}"
             )
+        asked, kept = config and config.objective.name, saved.objective.name
+        if asked not in (None, kept):
+            log.info(
+                "going on with objective.name=%s, as before; the recipe has objective.name=%s",
+                *(kept, asked),
+            )
         if any(re.match(r"[-+]*dataset\b", key) for key in (*overrides, *nested)):
             saved = saved.model_copy(update={"data": DataConfig()})  # it may be others now
         config, resume = data.ready(saved), run if resume == "auto" else resume

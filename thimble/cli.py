@@ -44,6 +44,7 @@ from thimble.words import (
     fill_resume,
     named_outputs,
     numbers,
+    recipe_and_words,
     settings_of,
 )
 
@@ -85,7 +86,11 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[auto|PATH]", help="Go on: the newest run, or this run/checkpoint."),
+        typer.Option(
+            *("--resume", "--resume-from"),
+            metavar="[auto|PATH]",
+            help="Go on: the newest run, or this run/checkpoint.",
+        ),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Short for training.max_steps=N.")] = None,
     retry: Retry = None,
@@ -93,13 +98,9 @@ def train(
     on_failure: Annotated[str | None, typer.Option(help="Shell command to call then.")] = None,
 ) -> Any:
     """Train a model by a recipe."""
-    words = check_options(
-        overrides or [],
-        ["--resume", "--max-steps", "--retry", "--on-success", "--on-failure", "--json", "--help"],
-    )
-    if recipe is not None and ("=" in recipe or recipe.startswith("-")) and resume:
-        words.insert(0, recipe)  # `train --resume PATH key=value`: the run knows its recipe
-        recipe = None
+    options = ["--resume", "--max-steps", "--retry", "--on-success", "--on-failure", "--json"]
+    recipe, given = recipe_and_words(recipe, overrides, resumed=resume is not None)
+    words = check_options(given, [*options, "--help"])
     if max_steps is not None:
         words.append(f"training.max_steps={max_steps}")
     return api.train(

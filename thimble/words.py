@@ -188,6 +188,23 @@ def named_outputs(words: Sequence[str], given: Sequence[str] | None) -> tuple[li
     return [word for word in words if word not in more], [*outputs, *more]
 
 
+def recipe_and_words(
+    recipe: str | None, words: Sequence[str] | None, *, resumed: bool
+) -> tuple[str | None, list[str]]:
+    """The recipe, named as the first word or by the documents' ``--config FILE``, and the words
+    that are left. ``resumed``: the run knows its recipe, so the first word may be a setting."""
+    from thimble.config.documents import recipe_of
+
+    left = list(words or [])
+    if recipe is not None and (recipe.startswith("-") or (resumed and "=" in recipe)):
+        left.insert(0, recipe)
+        recipe = None
+    named, left = recipe_of(left)
+    if recipe is not None and named is not None:
+        raise ConfigError(f"Which recipe? There are two: {recipe} and --config ({named}).")
+    return recipe or named, left
+
+
 def numbers(option: str, given: str | None) -> tuple[int, ...]:
     """The whole numbers above 0 of ``a,b,c``, each once, in order; ConfigError for others."""
     words = given.split(",") if given else []

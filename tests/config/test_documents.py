@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from thimble.config.documents import translate
+from thimble.config.documents import recipe_of, translate
 from thimble.config.load import load
 from thimble.errors import ConfigError
+from thimble.words import recipe_and_words
 
 
 def test_the_epoch_of_the_playbook() -> None:
@@ -87,3 +90,72 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def test_what_no_language_recipe_can_be(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load("instruct_slimorca", overrides)
+
+
+def test_the_lines_of_the_quickstart() -> None:
+    words = "--weight-decay 0.01 --enable-saddle-interventions --learning-rate=0.001"
+    config = load("distill_direct", words.split())
+    assert (config.optim.weight_decay, config.optim.learning_rate) == (0.01, 0.001)
+    assert config.saddle.interventions
+    config = load("distill_direct", ["--pretrain-ce-only", "--max-steps", "10000"])
+    assert (config.objective.name, config.training.max_steps) == ("next_token", 10000)
+    words = ["--max-steps", "10", "--log-interval", "1", "--eval-interval", "0"]
+    config = load("distill_direct", words)
+    training = config.training
+    assert (training.max_steps, training.log_every, training.eval_every) == (10, 1, 0)
+
+
+def test_the_configuration_of_the_quickstart() -> None:
+    config = load(
+        "distill_direct",
+        [
+            *("train_data_path=data/x", "val_data_path=data/y", "max_seq_length=1024"),
+            *("teacher_model=runs/teachers/t/merged", "teacher_adapter_path=a", "teacher_topk=128"),
+            *("cache_logits=true", "cache_dir=data/c", "distill_alpha=0.3", "reverse_kl=true"),
+            *("teacher_temperature=1.5", "model_variant=350M", "optimizer_type=adamw"),
+        ],
+    )
+    assert (config.data.path, config.data.val_path) == ("data/x", "data/y")
+    assert config.training.sequence_length == 1024
+    teacher, objective = config.teacher, config.objective
+    assert (teacher.path, teacher.adapter, teacher.topk) == ("runs/teachers/t/merged", "a", 128)
+    assert (teacher.cache_logits, teacher.cache) == (True, "data/c")
+    assert (objective.distill_alpha, objective.temperature) == (0.3, 1.5)
+    assert objective.divergence == "reverse"
+    assert config.model == load("distill_direct", ["model=retnet_350m"]).model
+    assert config.optim.name == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["num_workers=0"], "memory map.* Leave it out"),
+        (["use_pretokenized_data=true"], "manifest.json.* Leave it out"),
+        (["cache_logits=perhaps"], "must be true or false"),
+        (["--teacher-mode"], "teacher_mode=VALUE"),
+        (["--techer-topk", "8"], "teacher_topk=8"),
+    ],
+)
+def test_what_has_no_place_is_said(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("distill_direct", words)
+
+
+def test_their_configuration_is_a_recipe_of_ours(tmp_path: Path) -> None:
+    words = ["--weight-decay", "0.01"]
+    theirs = ["--config", "configs/train_direct.yaml"]
+    assert recipe_and_words(theirs[0], [theirs[1], *words], resumed=False) == (
+        "distill_direct",
+        words,
+    )
+    assert recipe_of([*words, "--config=train_cached.yaml"]) == ("distill_cached", words)
+    (tmp_path / "train_direct.yaml").write_text("")
+    assert recipe_of(["--config", str(tmp_path / "train_direct.yaml")])[0] == str(
+        tmp_path / "train_direct.yaml"
+    )
+    for wrong in (["--config", "configs/other.yaml"], ["--config"]):
+        with pytest.raises(ConfigError, match="thimble train distill_direct"):
+            recipe_of(wrong)
+    with pytest.raises(ConfigError, match="There are two"):
+        recipe_and_words("distill_nano", theirs, resumed=False)
+    assert recipe_and_words("lr=1", [], resumed=True) == (None, ["lr=1"])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.helpers_training import token_directory
 from thimble.teachers import WindowExamples
-from thimble.tokens.tokenizer import load_tokenizer
+from thimble.tokens.tokenizer import Tokenizer, load_tokenizer
 
 LENGTH = 12
 
@@ -22,10 +22,18 @@ def examples(split: str = "train", length: int = LENGTH) -> WindowExamples:
     return WindowExamples(token_directory(), split, length)
 
 
-def make_teacher(folder: Path, *, seed: int = 0, extra: int = 0, **settings: Any) -> Path:
-    """A llama of width 32 with the tokenizer of the tests' tokens; ``extra`` rows pad its head."""
+def make_teacher(
+    folder: Path,
+    *,
+    seed: int = 0,
+    extra: int = 0,
+    tokenizer: Tokenizer | None = None,
+    **settings: Any,
+) -> Path:
+    """A llama of width 32 with the tokenizer of the tests' tokens, or with ``tokenizer``; ``extra``
+    rows pad its head."""
     torch.manual_seed(seed)
-    tokenizer = load_tokenizer(token_directory())
+    tokenizer = tokenizer or load_tokenizer(token_directory())
     config = LlamaConfig(
         **{
             "vocab_size": tokenizer.vocab_size + extra,

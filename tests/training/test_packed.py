@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests import helpers_distill
+from tests import helpers_distill, helpers_training
 from tests.helpers_distill import config
-from tests.helpers_training import WINDOW, state_of, timeless, token_directory
+from tests.helpers_training import WINDOW, state_of, timeless
 from thimble import api
 from thimble.errors import DataError
 from thimble.models import interop
@@ -23,7 +20,6 @@ from thimble.teachers import open_examples
 from thimble.teachers.fill import fill
 from thimble.tokens.packed import PackedChunks
 from thimble.tokens.packed_text import PackedText
-from thimble.tokens.packing import pack
 from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import plan, train
 from thimble.training.data import open_data
@@ -33,15 +29,7 @@ from thimble.training.rows import evaluate_chunks
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("packed"), random.Random(1)
-    counts = (2, 9, 1, 40, 3, 30) * 12
-    texts = [" ".join(draw.choices(["kernel", "disk", "a"], k=n)) for n in counts]
-    lines = [json.dumps({"text": f"{text} {i}"}) + "\n" for i, text in enumerate(texts)]
-    (folder / "in").mkdir()
-    (folder / "in" / "a.jsonl").write_text("".join(lines))
-    options: dict[str, Any] = {"tokenizer": token_directory(), "val_ratio": 0.2}
-    pack(folder / "in", folder / "out", workers=1, max_seq_length=WINDOW, **options)
-    return folder / "out"
+    return helpers_distill.packed_in(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +60,13 @@ def test_direct_cached_and_resumed(packed: Path, teacher: Path, tmp_path: Path) 
     assert timeless(copy) == timeless(direct.path)
 
 
-def test_what_is_held_out_is_every_target_once(packed: Path, tmp_path: Path) -> None:
-    run = train(config(tmp_path, None, f"data.path={packed}", "evaluation.max_tokens=null"))
+@pytest.mark.parametrize("mixer", ["retention", "attention"])
+def test_what_is_held_out_is_every_target_once(mixer: str, packed: Path, tmp_path: Path) -> None:
+    words = [f"data.path={packed}", "evaluation.max_tokens=null"]
+    student = config(tmp_path, None, *words)
+    if mixer == "attention":
+        student = helpers_training.config(tmp_path, *words)
+    run = train(student)
     record = [r for r in run.metrics if "val_loss" in r][-1]
     assert "val_bits_per_byte" not in record
     assert run.checkpoint is not None

@@ -151,19 +151,22 @@ def group_choices() -> dict[str, list[str]]:
 
 
 def join_options(arguments: Sequence[str]) -> Iterator[str]:
-    """Turn ``--key value`` and ``--key=value`` into ``key=value``."""
-    rest = iter(arguments)
-    for argument in rest:
+    """Turn ``--key value`` and ``--key=value`` into ``key=value``; ``--some-key`` is some_key."""
+    rest = [*arguments]
+    while rest:
+        argument = rest.pop(0)
         if not argument.startswith("--"):
             yield argument
             continue
-        key = argument[2:]
-        if "=" not in key:
-            value = next(rest, None)
-            if value is None:
+        name, equals, value = argument[2:].partition("=")
+        key, complete = documents.option(name, rest[0] if rest and not equals else None)
+        if not equals and complete:
+            value = "true"
+        elif not equals:
+            if not rest:
                 raise ConfigError(f"{argument} needs a value: {key}=VALUE.")
-            key = f"{key}={value}"
-        yield key
+            value = rest.pop(0)
+        yield f"{key}={value}"
 
 
 def split_override(override: str) -> tuple[str, Any]:
@@ -215,7 +218,8 @@ def check_key(key: str, value: Any) -> None:
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
         raise ConfigError(f"{key} is a group of keys. Set one of them:\n  " + "\n  ".join(inside))
-    right = nearest_key(key, [*known, *group_choices()])
+    theirs = [*documents.NAMES, *documents.SWITCHES]
+    right = nearest_key(key, [*known, *group_choices(), *theirs])
     raise Misspelt(
         f"There is no key {key}.",
         f"{key}={value}",

@@ -37,6 +37,12 @@ class DataConfig(Section):
         description="Folder made by `thimble tokens build`, `thimble conversations build` or "
         "`thimble puzzles build`; null: made of the conversations of dataset.name.",
     )
+    val_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of packed chunks to judge by, without what is trained on; null, or "
+        "the same folder: what it holds out itself.",
+    )
 
     @property
     def folder(self) -> str:

@@ -11,8 +11,8 @@ from thimble.objectives.linear_cross_entropy import linear_cross_entropy
 
 
 class NextToken(nn.Module):
-    """inputs [B, T], targets [B, T] (already shifted, -100 ignored), and for retention where
-    documents begin [B, T] -> summed loss in nats.
+    """inputs [B, T], targets [B, T] (already shifted, -100 ignored), and where documents begin that
+    see nothing of one another [B, T] -> summed loss in nats.
 
     A sum, not a mean: the loop divides by the number of targets of the whole step, so that any
     split into micro-batches and processes, with any padding, gives the same gradient.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import multiprocessing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ def ready(config: Config) -> Config:
         config = _tokenized(config)
     elif config.objective.name == "act" and _kind(config.data.folder) != "conversations":
         config = _of_puzzles(config)
+    if config.objective.name != "act" and config.training.eval_every:
+        open_data(config, "val")  # a run that cannot be judged says so now, not after hours
     return config
 
 
@@ -87,6 +90,16 @@ def open_data(config: Config, split: str = "train") -> Any:
     return _puzzles(config, split)
 
 
+def separated(config: Config) -> bool:
+    """Whether a model is told where documents begin: retention always, attention of packed chunks.
+    ``language.NextTokenTask.seen`` does so."""
+    from thimble.tokens.packing import KIND
+
+    if config.objective.name == "act" or config.data.path is None:
+        return False
+    return config.model.mixer == "retention" or _kind(config.data.folder) == KIND
+
+
 def _kind(folder: str) -> str | None:
     manifest = Path(folder) / artifacts.MANIFEST
     found = artifacts.read_json(manifest) if manifest.is_file() else {}
@@ -98,14 +111,31 @@ def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
     from thimble.tokens.packing import KIND
     from thimble.tokens.shards import TokenSplit
 
+    folder, other = config.data.folder, config.data.val_path
     data: TokenSplit | PackedChunks
-    if _kind(config.data.folder) == KIND:
+    if _kind(folder) == KIND:
         length = config.training.sequence_length
-        data = PackedChunks(config.data.folder, split, seed=config.seed, length=length)
+        if split == "val" and other is not None:
+            data = _held_out(folder, other, config.seed, length)
+        else:
+            data = PackedChunks(folder, split, seed=config.seed, length=length)
     else:
-        data = TokenSplit(config.data.folder, split)
+        if other not in (None, folder):
+            raise ConfigError(
+                f"data.val_path is for packed chunks (thimble tokens pack); {folder} holds its own "
+                "validation split. Leave it out:\n  data.val_path=null"
+            )
+        data = TokenSplit(folder, split)
     _fits(config, data.vocab_size)
     return data
+
+
+@functools.lru_cache(maxsize=1)
+def _held_out(folder: str, other: str, seed: int, length: int) -> PackedChunks:
+    """Read once for all evaluations of a run, since the hashes of all documents are compared."""
+    from thimble.tokens.packed import train_and_validation
+
+    return train_and_validation(folder, other, seed=seed, length=length)[1]
 
 
 def _fits(config: Config, vocabulary: int) -> None:
