@@ -97,12 +97,23 @@ def _kind(folder: str) -> str | None:
 
 
 def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
+    from thimble.tokens import packed, shards
     from thimble.tokens.packed import PackedChunks
     from thimble.tokens.packing import KIND
     from thimble.tokens.shards import TokenSplit
 
     folder, other = config.data.folder, config.data.val_path
     data: TokenSplit | PackedChunks
+    if (Path(folder) / artifacts.MANIFEST).is_file() and _kind(folder) is None:
+        raise DataError(
+            f"{folder} is the work of another program. Pack its texts, as JSONL or parquet, again:"
+            f"\n  {packed.MAKE}"
+        )
+    if not Path(folder).exists():
+        raise DataError(
+            f"There is no tokens at {folder}. Make them of a corpus, or of JSONL files:\n"
+            f"  {shards.MAKE}\n  {packed.MAKE}"
+        )
     if _kind(folder) == KIND:
         length = config.training.sequence_length
         if split == "val" and other is not None:
