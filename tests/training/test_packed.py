@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +11,12 @@ import torch
 
 from tests import helpers_distill
 from tests.helpers_distill import config
-from tests.helpers_training import WINDOW, state_of, timeless, token_directory
+from tests.helpers_training import WINDOW, state_of, timeless
 from thimble.errors import DataError
 from thimble.models import interop
 from thimble.teachers import open_examples
 from thimble.teachers.fill import fill
 from thimble.tokens.packed import PackedChunks
-from thimble.tokens.packing import pack
 from thimble.training import plan, train
 from thimble.training.data import open_data
 from thimble.training.distillation import open_teacher
@@ -29,15 +25,7 @@ from thimble.training.rows import evaluate_chunks
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("packed"), random.Random(1)
-    counts = (2, 9, 1, 40, 3, 30) * 12
-    texts = [" ".join(draw.choices(["kernel", "disk", "a"], k=n)) for n in counts]
-    lines = [json.dumps({"text": f"{text} {i}"}) + "\n" for i, text in enumerate(texts)]
-    (folder / "in").mkdir()
-    (folder / "in" / "a.jsonl").write_text("".join(lines))
-    options: dict[str, Any] = {"tokenizer": token_directory(), "val_ratio": 0.2}
-    pack(folder / "in", folder / "out", workers=1, max_seq_length=WINDOW, **options)
-    return folder / "out"
+    return helpers_distill.packed_in(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def _scores(
     if starts is None:
         begin = document_starts(model.config, inputs, model.tokenizer.eot_id)
     else:
-        begin = starts if model.config.mixer == "retention" else None
+        begin = starts
     hidden, head = model.network.hidden(inputs, starts_bt=begin), model.network.head.weight
     found = [token_scores(hidden, head, targets)]
     said: Any = None

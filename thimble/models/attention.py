@@ -56,6 +56,13 @@ def short_causal_attention(q_bhtc: Tensor, k_bktc: Tensor, v_bktc: Tensor) -> Te
     return (weights @ v_bktc).view(batch, heads, time, size)
 
 
+def document_mask(starts_bt: Tensor) -> Tensor:
+    """What each position sees where documents begin at ``starts`` [B, T] and see nothing of one
+    another: those up to it in its own. Bool [B, 1, T, T]."""
+    document = starts_bt.cumsum(1)
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv:2305.13245), causal unless told otherwise.
 
@@ -86,13 +93,17 @@ class Attention(nn.Module):
         self.output = Linear(num_heads * head_dim, hidden_size)
 
     def forward(
-        self, x_btd: Tensor, rope_2tc: Tensor, state: KVCache | None = None
+        self,
+        x_btd: Tensor,
+        rope_2tc: Tensor,
+        state: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, KVCache | None]:
         """[B, T, D] -> [B, T, D]; ``rope_2tc`` holds the rows of these T positions, for all rows
         of the batch or, as [2, B, 1, T, C], for each.
 
         With a ``state`` the T positions follow the ones in it; they are added to it in place. Only
-        causal attention has one.
+        causal attention has one. ``mask``, without a state: see ``document_mask``.
         """
         batch, time, _ = x_btd.shape
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_dim
@@ -106,10 +117,9 @@ class Attention(nn.Module):
         v = qkv[:, heads + kv_heads :]
         on_cpu = q.device.type == "cpu" and q.dtype is torch.bfloat16
         short = self.causal and on_cpu and time <= SHORT
-        if state is None and short and torch.is_grad_enabled():
+        if state is None and mask is None and short and torch.is_grad_enabled():
             y = short_causal_attention(q, k, v)
         else:
-            mask = None
             if state is not None:
                 k, v = state.append(k, v)
                 past = k.shape[2] - time

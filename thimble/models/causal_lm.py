@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thimble.errors import ConfigError
-from thimble.models.attention import Attention, KVCache
+from thimble.models.attention import Attention, KVCache, document_mask
 from thimble.models.layers import Linear, RMSNorm, SwiGLU, rotary_rows, rotary_table
 from thimble.models.retention import Retention, RetentionState
 
@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 
 # What a layer keeps of the positions it has seen.
 LayerState = KVCache | RetentionState
+
+
+def documents_for(
+    config: ModelConfig, starts_bt: Tensor | None, state: Any = None
+) -> Tensor | None:
+    """``starts`` [B, T] as the mixer of each block takes them: retention as they are, attention as
+    a mask. Attention has no state that knows them."""
+    if starts_bt is None or config.mixer == "retention":
+        return starts_bt
+    assert config.mixer == "attention"
+    assert config.causal
+    assert not state
+    return document_mask(starts_bt)
 
 
 class Block(nn.Module):
@@ -51,10 +64,9 @@ class Block(nn.Module):
         x_btd: Tensor,
         rope_2tc: Tensor,
         state: LayerState | None = None,
-        starts_bt: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        documents = () if starts_bt is None else (starts_bt,)
-        mixed, _ = self.mixer(self.mixer_norm(x_btd), rope_2tc, state, *documents)
+        mixed, _ = self.mixer(self.mixer_norm(x_btd), rope_2tc, state, documents)
         x_btd = x_btd + mixed
         return x_btd + self.mlp(self.mlp_norm(x_btd))
 
@@ -132,18 +144,18 @@ class CausalLM(nn.Module):
         """Token ids [B, T] -> normalised hidden states [B, T, D] in ``compute_dtype``.
 
         ``starts`` [B, T] is true where a document begins, which then sees nothing of those before
-        it. Only retention has that.
+        it.
         """
-        assert starts_bt is None or self.config.mixer == "retention"
+        documents = documents_for(self.config, starts_bt, state)
         past = state[0].length if state else 0
         rope = rotary_rows(self.rope_2tc, past, ids_bt.shape[1], self.config.rope_theta)
         x = F.embedding(ids_bt, self.embedding.weight).to(self.compute_dtype)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             if recompute:
-                x = checkpoint(block, x, rope, None, starts_bt, use_reentrant=False)
+                x = checkpoint(block, x, rope, None, documents, use_reentrant=False)
             else:
-                x = block(x, rope, state[index] if state else None, starts_bt)
+                x = block(x, rope, state[index] if state else None, documents)
         return self.norm(x)
 
     def forward(

@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from thimble.errors import ConfigError
 from thimble.models.attention import Attention, KVCache
-from thimble.models.causal_lm import LayerState
+from thimble.models.causal_lm import LayerState, documents_for
 from thimble.models.layers import Linear, SwiGLU, plain_norm, rotary_rows, rotary_table
 from thimble.models.retention import Retention
 
@@ -120,14 +120,14 @@ class RecursiveBlock(nn.Module):
         x_bsd: Tensor,
         rope_2sc: Tensor,
         state: LayerState | None = None,
-        starts_bs: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        documents = () if starts_bs is None else (starts_bs,)
+        more = () if documents is None else (documents,)  # which a mixer of positions cannot have
         if self.pre_norm:
-            mixed, _ = self.mixer(plain_norm(x_bsd, self.eps), rope_2sc, state, *documents)
+            mixed, _ = self.mixer(plain_norm(x_bsd, self.eps), rope_2sc, state, *more)
             x_bsd = x_bsd + mixed
             return x_bsd + self.mlp(plain_norm(x_bsd, self.eps))
-        mixed, _ = self.mixer(x_bsd, rope_2sc, state, *documents)
+        mixed, _ = self.mixer(x_bsd, rope_2sc, state, *more)
         x_bsd = plain_norm(x_bsd + mixed, self.eps)
         return plain_norm(x_bsd + self.mlp(x_bsd), self.eps)
 
@@ -147,14 +147,14 @@ class Stack(nn.Module):
         rope_2sc: Tensor,
         caches: Sequence[LayerState] | None,
         recompute: bool,
-        starts_bs: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         z = z_bsd + injected_bsd
         for index, block in enumerate(self.blocks):
             if recompute:
-                z = checkpoint(block, z, rope_2sc, None, starts_bs, use_reentrant=False)
+                z = checkpoint(block, z, rope_2sc, None, documents, use_reentrant=False)
             else:
-                z = block(z, rope_2sc, caches[index] if caches else None, starts_bs)
+                z = block(z, rope_2sc, caches[index] if caches else None, documents)
         return plain_norm(z, self.eps) if self.pre_norm else z
 
 
@@ -287,7 +287,7 @@ class RecursiveLM(nn.Module):
         x_bsd: Tensor,
         rope_2sc: Tensor | None = None,
         caches: Sequence[LayerState] | None = None,
-        starts_bs: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Latents:
         """All cycles once; gradients go through the last ``bp_cycles`` of them.
 
@@ -310,11 +310,11 @@ class RecursiveLM(nn.Module):
                 kept = left <= config.bp_cycles or last_call
                 with torch.set_grad_enabled(wanted and kept):
                     injected = self._injected(z_H, x_bsd)
-                    z_L = low(z_L, injected, rope, next(parts), again and kept, starts_bs)
+                    z_L = low(z_L, injected, rope, next(parts), again and kept, documents)
             if not config.single_z:
                 kept = left <= max(config.bp_cycles, 1)
                 with torch.set_grad_enabled(wanted and kept):
-                    z_H = high(z_H, z_L, rope, next(parts), again and kept, starts_bs)
+                    z_H = high(z_H, z_L, rope, next(parts), again and kept, documents)
         return (z_L,) if config.single_z else (z_H, z_L)
 
     def _injected(self, z_H: Tensor, x_bsd: Tensor) -> Tensor:
@@ -343,9 +343,10 @@ class RecursiveLM(nn.Module):
         many as the state was made for), each detached from the one before.
 
         ``positions_bt`` says where each token is in its row, if not after those of the state.
-        ``starts_bt``, of retention: true where a document begins.
+        ``starts_bt``: true where a document begins, which sees nothing of those before it.
         """
-        assert starts_bt is None or self.config.mixer == "retention"
+        assert starts_bt is None or not self.prefix
+        documents = documents_for(self.config, starts_bt, state)
         past = state[0].length if state else 0
         places = slice(past, None) if positions_bt is None else positions_bt
         each = self.config.blocks_per_step
@@ -359,7 +360,7 @@ class RecursiveLM(nn.Module):
         for step in range(steps or self.config.halt_max_steps):
             z = tuple(latent.detach() for latent in z)
             caches = state[step * each : (step + 1) * each] if state else None
-            z = self.supervision_step(z, x, rope, caches, starts_bt)
+            z = self.supervision_step(z, x, rope, caches, documents)
             yield z
 
     def tokens(self, z: Latents) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plots of a sweep: what each swept key does to the bits per byte, and all curves in one."""
+"""The plots of a sweep: what each swept key does to what runs are compared by, and all curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from thimble import artifacts
 from thimble.config.describe import as_override
 from thimble.report.charts import BAD, INK, MODEL, OTHER, STYLE, finish
 from thimble.sweep import ledger
-from thimble.sweep.result import bits, short, shown
+from thimble.sweep.result import score, short, shown
 from thimble.training.run import RunFolder
 
 PANEL = (4.0, 3.2)  # inches
@@ -25,7 +25,7 @@ NAMED, TICKS = 8, 6  # so many lines get a legend, so many values their own tick
 def draw(folder: Path) -> list[Path]:
     """Write ``sweep.png`` and ``curves.png`` into a sweep; none while no run has finished."""
     account = ledger.read(folder)
-    finished = [run for run in account["runs"] if math.isfinite(bits(run))]
+    finished = [run for run in account["runs"] if math.isfinite(score(run))]
     if not finished:
         return []
     keys = [key for key in account["swept"] if key != "seed"] or ["seed"]
@@ -42,7 +42,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def panels(runs: list[dict[str, Any]], keys: list[str], swept: dict[str, list[str]]) -> Figure:
-    """One panel a key: its value against bits per byte, a line for each setting of the others.
+    """One panel a key: its value against the score, a line for each setting of the others.
 
     Over several seeds a point is the mean and its bar the standard deviation. A cross at the top
     marks a value with which a run did not finish.
@@ -57,7 +57,7 @@ def panels(runs: list[dict[str, Any]], keys: list[str], swept: dict[str, list[st
         for label, line in groups:
             points: dict[float, list[float]] = {}
             for run in line:
-                points.setdefault(place[as_override(run["overrides"][key])], []).append(bits(run))
+                points.setdefault(place[as_override(run["overrides"][key])], []).append(score(run))
             x = sorted(points)
             y = [statistics.mean(points[at]) for at in x]
             bars = [statistics.stdev(points[at]) if len(points[at]) > 1 else 0.0 for at in x]
@@ -86,7 +86,7 @@ def panels(runs: list[dict[str, Any]], keys: list[str], swept: dict[str, list[st
         axes.set_xlabel(short(key, swept))
         if several and len(groups) <= NAMED:
             axes.legend(frameon=False, fontsize=7)
-    rows[0][0].set_ylabel("held-out bits per byte")
+    rows[0][0].set_ylabel(f"held-out {ledger.unit(runs)}")
     return figure
 
 
@@ -102,7 +102,7 @@ def lines(runs: list[dict[str, Any]], key: str) -> Iterator[tuple[str, list[dict
     """The finished runs that differ in ``key`` and seed alone, with what they have in common."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        if math.isfinite(bits(run)):
+        if math.isfinite(score(run)):
             groups.setdefault(label(run, without=(key, "seed")), []).append(run)
     yield from groups.items()
 
@@ -117,18 +117,18 @@ def label(run: dict[str, Any], without: tuple[str, ...] = ()) -> str:
 
 
 def curves(runs: list[dict[str, Any]]) -> Figure:
-    """Held-out bits per byte over the tokens seen, of every finished run; the best one in front."""
+    """The held-out score over the tokens seen, of every finished run; the best one in front."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-    ranked = sorted(runs, key=bits)
+    ranked = sorted(runs, key=score)
     shades = matplotlib.colormaps["viridis"].resampled(max(len(ranked), 2))
     for rank, run in reversed(list(enumerate(ranked))):
         per_step = run["tokens"] / run["steps"]
         points = [
-            (record["step"] * per_step, record["val_bits_per_byte"])
+            (record["step"] * per_step, ledger.measure(record))
             for record in RunFolder(run["run"]).records()
-            if "val_bits_per_byte" in record
+            if math.isfinite(ledger.measure(record))
         ]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3,
                   linewidth=2.0 if rank == 0 else 1.0, color=MODEL if rank == 0 else shades(rank),
@@ -136,6 +136,6 @@ def curves(runs: list[dict[str, Any]]) -> Figure:
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=7)
     axes.set_xlabel("tokens seen", color=INK)
-    axes.set_ylabel("held-out bits per byte")
+    axes.set_ylabel(f"held-out {ledger.unit(runs)}")
     axes.grid(color=OTHER, alpha=0.2)
     return figure

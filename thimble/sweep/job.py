@@ -16,7 +16,7 @@ from thimble.config.load import load
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import GuardStop, Interrupted
-from thimble.sweep import ledger, words
+from thimble.sweep import ledger, teaching, words
 from thimble.terminal import explain_error
 
 
@@ -32,11 +32,12 @@ class Job:
     recipe: str
     fixed: dict[str, Any]
     total: int | None
+    caches: dict[str, str] = field(default_factory=dict)  # see ``teaching.prepare``
     process: int = field(default_factory=os.getpid)
     directory: str = field(default_factory=os.getcwd)
 
     def __call__(self, composed: Any) -> float:
-        """Best validation bits per byte, infinite for a run that did not finish.
+        """``ledger.measure`` of the best evaluation, infinite for a run that did not finish.
 
         ``composed`` is Hydra's configuration of the job and is not looked at: the recipe is
         composed and checked by ``thimble.config``, as for ``thimble train``.
@@ -69,6 +70,7 @@ class Job:
         since, config, run = time.strftime(ledger.STAMP), None, None
         try:
             config = load(self.recipe, nested={**self.fixed, **overrides})
+            config = teaching.taught(config, self.caches)
             run = self.left_by(before, config)
             run = train(config, resume=run).path
         except (Interrupted, KeyboardInterrupt):
@@ -104,8 +106,7 @@ def unknown(config: Config | None, since: str) -> Path | None:
 
 
 def objective(run: dict[str, Any]) -> float:
-    bits: float = run.get("val_bits_per_byte", math.inf)
-    return bits if run["status"] == "finished" else math.inf
+    return ledger.measure(run) if run["status"] == "finished" else math.inf
 
 
 def say(run: dict[str, Any], total: int | None) -> None:
@@ -114,7 +115,7 @@ def say(run: dict[str, Any], total: int | None) -> None:
     if run["status"] == "running":
         log.info("%s: %s", name, words.text(run["overrides"]))
     elif run["status"] == "finished":
-        log.info("%s: %.3f bits per byte", name, objective(run))
+        log.info("%s: %.3f %s", name, objective(run), ledger.unit([run]))
     else:
         log.warning("%s %s: %s", name, run["status"], run.get("reason", "see its log"))
 

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,16 @@ from thimble.training.run import RunFolder
 
 LEDGER = "sweep.json"
 STAMP = "%Y%m%d-%H%M%S"  # the beginning of a run folder's name
+
+# Of the best evaluation what there is of these: how it is called and written.
+BITS = "val_bits_per_byte"
+FIGURES = {
+    BITS: ("bits per byte", ".4f"),
+    "val_loss": ("loss", ".4f"),
+    "val_perplexity": ("perplexity", ",.2f"),
+    "val_teacher_kl": ("KL to teacher", ".4f"),
+    "val_teacher_agreement": ("agreement", ".1%"),
+}
 
 # A guard would stop the same run again; the other ends may have been the machine's fault.
 DONE = ("finished", "stopped")
@@ -83,9 +93,7 @@ def outcome(path: Path | None) -> dict[str, Any]:
         return {}
     records = RunFolder(path).records()
     training = [record for record in records if "loss" in record]
-    evaluations = [
-        record for record in records if math.isfinite(record.get("val_bits_per_byte", math.inf))
-    ]
+    evaluations = [record for record in records if math.isfinite(measure(record))]
     facts: dict[str, Any] = {"run": str(path)}
     if training:
         last = training[-1]
@@ -93,11 +101,23 @@ def outcome(path: Path | None) -> dict[str, Any]:
         facts["seconds"] = last["seconds"]
         facts["tokens_per_second"] = last["tokens"] / max(last["seconds"], 1e-9)
     if evaluations:
-        best = min(evaluations, key=lambda record: record["val_bits_per_byte"])
+        best = min(evaluations, key=measure)
         facts["best_step"] = best["step"]
-        for key in ("val_loss", "val_perplexity", "val_bits_per_byte"):
-            facts[key] = best[key]
+        facts |= {key: best[key] for key in FIGURES if key in best}
     return facts
+
+
+def measure(figures: dict[str, Any]) -> float:
+    """What runs are compared by: held-out bits per byte, or where nobody knows the bytes, as of
+    packed chunks, the loss in nats per token; infinite for neither."""
+    value: float = figures.get(BITS, figures.get("val_loss", math.inf))
+    return value
+
+
+def unit(runs: Iterable[dict[str, Any]]) -> str:
+    """Of ``measure``."""
+    keys = {key for run in runs for key in run}
+    return "nats per token" if "val_loss" in keys and BITS not in keys else "bits per byte"
 
 
 def folder_of(config: Config, since: str) -> Path | None:

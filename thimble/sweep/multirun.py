@@ -24,7 +24,7 @@ from thimble.config.load import load
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import ConfigError, EnvironmentProblem, Interrupted
-from thimble.sweep import charts, ledger
+from thimble.sweep import charts, ledger, teaching
 from thimble.sweep.job import Job, say
 from thimble.sweep.result import Sweep, SweepFailed
 from thimble.sweep.words import Words, text
@@ -91,7 +91,14 @@ def sweep(
             artifacts.write_json(folder / ledger.LEDGER, account)
         with artifacts.locked(folder, "sweep"):
             log.info("%s: %s runs, %s", recipe, total or "any number of", folder)
-            job = Job(folder.absolute(), str(recipe), words.fixed, total)
+            try:
+                caches = teaching.prepare(configs, here=launcher == "basic")
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    "Interrupted while the teacher was asked; what it said is kept. Go on with:\n"
+                    f"  thimble sweep --resume {folder}"
+                ) from None
+            job = Job(folder.absolute(), str(recipe), words.fixed, total, caches)
             stopped = run_jobs(hydra, job, arguments, launcher)
     result = Sweep.of(folder, charts.draw(folder))
     if stopped:

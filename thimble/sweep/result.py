@@ -18,7 +18,7 @@ from thimble.training.panel import clock
 
 @dataclass(frozen=True)
 class Sweep:
-    """``runs``: the entries of ``sweep.json``, finished ones by bits per byte, then the others.
+    """``runs``: the entries of ``sweep.json``, finished ones by ``score``, then the others.
 
     ``seeds``: where ``seed`` was swept, mean and sample standard deviation over the finished runs
     of each other setting, best mean first.
@@ -34,7 +34,7 @@ class Sweep:
     @classmethod
     def of(cls, folder: Path, plots: list[Path]) -> Sweep:
         account = ledger.read(folder)
-        runs = sorted(account["runs"], key=lambda run: (bits(run), run["number"]))
+        runs = sorted(account["runs"], key=lambda run: (score(run), run["number"]))
         return cls(
             folder,
             account["recipe"],
@@ -46,9 +46,9 @@ class Sweep:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The finished run of the fewest bits per byte."""
+        """The finished run of the lowest score."""
         first = self.runs[0] if self.runs else None
-        return first if first and math.isfinite(bits(first)) else None
+        return first if first and math.isfinite(score(first)) else None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -71,7 +71,7 @@ class Sweep:
             if "reason" in run:
                 console.print(Text(f"run {run['number']} {run['status']}: {run['reason']}"))
         if best := self.best:
-            found = f"{bits(best):.4f} bits per byte"
+            found = f"{score(best):.4f} {ledger.unit(self.runs)}"
             console.print(f"best: {text(best['overrides'])}, {found}", soft_wrap=True)
             for verb in ("report", "train"):  # a run as a recipe is that run again
                 console.print(f"  thimble {verb} {shlex.quote(best['run'])}", soft_wrap=True)
@@ -87,14 +87,16 @@ class Sweep:
         table.add_column("run", justify="right")
         for key in self.swept:
             table.add_column(short(key, self.swept), justify="right", overflow="fold")
-        for name in ("bits per byte", "perplexity", "steps", "time", "tok/s"):
+        there = {key for run in self.runs for key in run}
+        figures = {key: column for key, column in ledger.FIGURES.items() if key in there}
+        for name in (*(name for name, _ in figures.values()), "steps", "time", "tok/s"):
             table.add_column(name, justify="right")
         table.add_column("", overflow="fold")
         for run in self.runs:
             values = [
                 str(run["number"]),
                 *(shown(run["overrides"].get(key)) for key in self.swept),
-                *(number(run, "val_bits_per_byte", ".4f"), number(run, "val_perplexity", ",.2f")),
+                *(number(run, key, form) for key, (_, form) in figures.items()),
                 *(number(run, "steps", ","), clock(run["seconds"]) if "seconds" in run else ""),
                 number(run, "tokens_per_second", ",.0f"),
                 run["run"] if run["status"] == "finished" else run["status"],
@@ -108,7 +110,7 @@ class Sweep:
         from rich.text import Text
 
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for name in ("over seeds", "bits per byte", "sd", "runs"):
+        for name in ("over seeds", ledger.unit(self.runs), "sd", "runs"):
             table.add_column(name, justify="left" if name == "over seeds" else "right")
         for row in self.seeds:
             table.add_row(
@@ -135,10 +137,10 @@ class SweepFailed(ThimbleError):
         self.status = (others or statuses or [1])[0]
 
 
-def bits(run: dict[str, Any]) -> float:
-    """Validation bits per byte; infinite unless the run finished with a finite one."""
-    value: float = run.get("val_bits_per_byte", math.inf)
-    return value if run["status"] == "finished" else math.inf
+def score(run: dict[str, Any]) -> float:
+    """What runs are compared by, see ``ledger.measure``; infinite unless the run finished with a
+    finite one."""
+    return ledger.measure(run) if run["status"] == "finished" else math.inf
 
 
 def over_seeds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,7 +149,7 @@ def over_seeds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(text(without_seed(run)), []).append(run)
     rows = []
     for group in groups.values():
-        values = [bits(run) for run in group if math.isfinite(bits(run))]
+        values = [score(run) for run in group if math.isfinite(score(run))]
         if values:
             rows.append(
                 {

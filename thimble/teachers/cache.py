@@ -93,25 +93,33 @@ class TeacherCache:
         teacher: dict[str, Any],
         asked: Asked,
         made_by: dict[str, Any] | None = None,
+        *,
+        precision: str | None = None,
+        rows: int | None = None,
     ) -> TeacherCache:
         """An empty cache, or the one that is there already for the very same.
 
-        ``teacher`` is the identity of one; ``made_by`` is for people to read. Raises DataError when
+        ``teacher`` is the identity of one, which computes in ``precision``; ``made_by`` is for
+        people to read; ``rows``: how many will be written, if not all. Raises DataError when
         another cache, or something else, stands there; EnvironmentProblem when the disk has too
-        little room for all of it.
+        little room for them.
         """
         directory = Path(directory)
-        description = describe(examples, teacher, asked)
+        description = describe(examples, teacher, asked, precision)
+        # Listed first: another process of the same run may make the cache at this moment.
+        there = list(directory.iterdir()) if directory.is_dir() else []
         if (directory / DESCRIPTION).is_file():
             cache = cls(directory)
             cache.check(description, exactly=True)
             return cache
-        there = directory.iterdir() if directory.is_dir() else ()
-        if any(path.name != INDEX and not path.name.startswith(".") for path in there):
+        # In the folder there may be others with caches.
+        files = {path.name for path in there if not path.is_dir()} - {INDEX}
+        if any(not name.startswith(".") for name in files):
             raise DataError(f"{directory} is not empty and not a teacher cache. Choose another.")
         size = position_bytes(asked, examples.vocab_size) * examples.length
         directory.mkdir(parents=True, exist_ok=True)
-        free, needed = shutil.disk_usage(directory).free, size * examples.count
+        free = shutil.disk_usage(directory).free
+        needed = size * (examples.count if rows is None else rows)
         if needed > free:
             raise EnvironmentProblem(
                 f"The cache takes {needed / 2**30:.1f} GiB, {directory} has {free / 2**30:.1f} "
@@ -130,18 +138,19 @@ class TeacherCache:
     def check(self, wanted: dict[str, Any], *, exactly: bool = False) -> None:
         """Raise DataError where this is not what ``describe`` says is wanted, naming what differs.
 
-        Unless ``exactly``, more tokens or temperatures than wanted will do, and another seed; and
-        a teacher of None is any.
+        Unless ``exactly``, as for what is added to it, more tokens or temperatures than wanted will
+        do, another seed and another precision; and a teacher of None is any.
         """
         found, differs = self.description, []
-        for key, name in (
+        keys = (
             ("teacher", "of another teacher or adapter"),
             ("tokenizer", "of another tokenizer"),
             ("vocab_size", "of another vocabulary"),
             ("data", "of other data, another split or another row length"),
             ("count", "of another number of rows"),
             ("length", "of rows of another length"),
-        ):
+        )
+        for key, name in (*keys, *([("precision", "of another precision")] if exactly else [])):
             if found.get(key) != wanted[key] and not (key == "teacher" and wanted[key] is None):
                 differs.append(f"it is {name} ({found.get(key)}, not {wanted[key]})")
         have, want = found["asked"], wanted["asked"]
@@ -240,6 +249,8 @@ class TeacherCache:
         assert (self.index >= WRITTEN).all()
         self.sync()
         said = self.description
+        mine = [DESCRIPTION, INDEX, *(self._path(n).name for n in range(self._shards))]
+        paths = [self.directory / name for name in mine]
         return artifacts.write_manifest(
             self.directory,
             KIND,
@@ -251,8 +262,16 @@ class TeacherCache:
                 "bytes_per_position": self.position_bytes,
             },
             packages=("torch", "transformers"),
+            files={
+                path.name: {"bytes": path.stat().st_size, "sha256": artifacts.sha256_file(path)}
+                for path in paths
+            },
             made_by=said["made_by"],
         )
+
+    @property
+    def _shards(self) -> int:
+        return -(-self.count // self.rows_per_shard)
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"shard-{shard:05d}.bin"
@@ -292,10 +311,16 @@ def position_bytes(asked: Asked, vocab_size: int) -> int:
     return tails + asked.k * (dtype_for(vocab_size).itemsize + 2)
 
 
-def describe(examples: Examples, teacher: dict[str, Any] | None, asked: Asked) -> dict[str, Any]:
+def describe(
+    examples: Examples,
+    teacher: dict[str, Any] | None,
+    asked: Asked,
+    precision: str | None = None,
+) -> dict[str, Any]:
     """What a cache of these rows is a cache of."""
     return {
         "teacher": teacher,
+        "precision": precision,
         "tokenizer": examples.tokenizer.fingerprint,
         "vocab_size": examples.vocab_size,
         "asked": asked.to_dict(),
@@ -336,12 +361,18 @@ class RecordingTeacher:
     """A teacher that is asked, and whose answers are kept (``cache_logits``): none twice.
 
     ``examples`` are the rows the numbers mean; a cache that stands in ``directory`` must be of the
-    same teacher, data and question.
+    same teacher in the same precision, data and question.
     """
 
     def __init__(self, teacher: Teacher, directory: str | Path, examples: Examples) -> None:
         self.teacher, self.asked, self.identity = teacher, teacher.asked, teacher.identity
-        self.cache = TeacherCache.create(directory, examples, teacher.identity, teacher.asked)
+        self.cache = TeacherCache.create(
+            directory,
+            examples,
+            teacher.identity,
+            teacher.asked,
+            precision=getattr(teacher, "precision", None),
+        )
 
     def targets(
         self, numbers: Sequence[int], inputs: Tensor, starts: Tensor | None = None

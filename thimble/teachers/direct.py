@@ -28,6 +28,7 @@ class DirectTeacher:
     ):
         asked.check(vocab_size)
         self.loaded, self.asked, self.identity = loaded.limited(vocab_size), asked, identity
+        self.precision = str(loaded.head.dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def targets(

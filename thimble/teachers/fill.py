@@ -24,7 +24,7 @@ SYNC_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Filled:
-    """A complete cache. ``asked_now`` rows of the ``rows`` were asked by this call."""
+    """``rows`` that were wanted and are there. ``asked_now`` of them were asked by this call."""
 
     path: Path
     rows: int
@@ -45,34 +45,44 @@ def fill(
     *,
     batch_positions: int = 8192,
     made_by: dict[str, Any] | None = None,
+    rows: np.ndarray | None = None,
 ) -> Filled:
     """Ask for what is not there yet, and for what is damaged; then write the manifest.
 
-    Interrupted or killed at any moment, the same call goes on where it was.
+    ``rows``: the numbers of those that are wanted, by default all; without the others there is no
+    manifest. Interrupted or killed at any moment, the same call goes on where it was.
     """
-    asked: Asked = teacher.asked
-    cache = TeacherCache.create(directory, examples, teacher.identity, asked, made_by)
+    wanted = np.arange(examples.count) if rows is None else np.unique(rows)
+    cache = TeacherCache.create(
+        directory,
+        examples,
+        teacher.identity,
+        teacher.asked,
+        made_by,
+        precision=getattr(teacher, "precision", None),
+        rows=len(wanted),
+    )
     with artifacts.locked(directory, "the teacher cache"):
         if damaged := cache.forget_damaged():
             log.warning("%s: %d rows are damaged and are asked again", directory, damaged)
-        missing = np.flatnonzero(~cache.filled(np.arange(cache.count)))
+        missing = wanted[~cache.filled(wanted)]
         log.info(
             "%s: %s rows of %d positions to ask, %d bytes each position, %.2f GiB in all",
             directory, f"{len(missing):,}", cache.length, cache.position_bytes,
-            cache.count * cache.row_bytes / 2**30,
+            len(wanted) * cache.row_bytes / 2**30,
         )  # fmt: skip
         seconds = ask(cache, examples, teacher, missing, max(1, batch_positions // cache.length))
-        if len(missing) or not (Path(directory) / artifacts.MANIFEST).is_file():
-            cache.seal()
-        artifacts.read_manifest(directory, "teacher-cache", make=MAKE)
-    positions = cache.count * cache.length
+        if cache.filled(np.arange(cache.count)).all():
+            if len(missing) or not (Path(directory) / artifacts.MANIFEST).is_file():
+                cache.seal()
+            artifacts.read_manifest(directory, "teacher-cache", make=MAKE)
     return Filled(
         Path(directory),
-        cache.count,
+        len(wanted),
         len(missing),
-        positions,
+        len(wanted) * cache.length,
         cache.position_bytes,
-        cache.count * cache.row_bytes,
+        len(wanted) * cache.row_bytes,
         len(missing) * cache.length / seconds if len(missing) else None,
     )
 
@@ -119,10 +129,16 @@ def cache(
             ram_disk=ram_disk,
         )
     if output is None:
-        name = artifacts.fingerprint(describe(examples, found.identity, asked))
-        output = HOME / f"{Path(data).name}-{split}-{name}"
+        output = home(data, split, examples, found)
     made_by = {"teacher": str(teacher), "adapter": adapter and str(adapter), "data": str(data)}
     return fill(output, examples, found, batch_positions=batch_positions, made_by=made_by)
+
+
+def home(data: str | Path, split: str, examples: Examples, teacher: Teacher) -> Path:
+    """Where the cache of a teacher's answers belongs, unless somebody says another place."""
+    precision = getattr(teacher, "precision", None)
+    name = artifacts.fingerprint(describe(examples, teacher.identity, teacher.asked, precision))
+    return HOME / f"{Path(data).name}-{split}-{name}"
 
 
 def ask(

@@ -15,15 +15,16 @@ from thimble.evaluation import agreement
 from thimble.models.causal_lm import CausalLM
 from thimble.models.recursive import RecursiveLM
 from thimble.objectives.distillation import Distillation, blend, temperatures
-from thimble.teachers import Asked, Examples, Teacher, open_examples
+from thimble.teachers import Asked, Examples, PackedExamples, Teacher, held_out, open_examples
 from thimble.teachers.cache import CachedTeacher, RecordingTeacher
 from thimble.teachers.direct import DirectTeacher, open_direct
+from thimble.teachers.held_out import HeldOutRows
 from thimble.teachers.models import find, identity
 from thimble.tokens.packed import PackedChunks
 from thimble.tokens.shards import TokenSplit
 from thimble.training.checkpoint import TrainerState
 from thimble.training.distributed import Processes
-from thimble.training.language import NextTokenTask, Piece
+from thimble.training.language import NextTokenTask, Piece, measure_held_out
 
 
 class DistillTask(NextTokenTask):
@@ -47,6 +48,7 @@ class DistillTask(NextTokenTask):
         self.examples = open_examples(config.data.folder, "train", length)
         self.teacher = open_teacher(config, self.examples, device)
         self.blend = blend(config.objective, 0, self.max_steps)
+        self.asked_held_out: Teacher | None = None
         # Cross-entropy, divergence, positions: of the steps since the last record.
         self.sums = torch.zeros(3, device=device)
 
@@ -81,7 +83,9 @@ class DistillTask(NextTokenTask):
 
     def evaluate(self) -> dict[str, Any]:
         """Perplexity as of every language model, likeness to the teacher, calibration."""
-        teacher = evaluation_teacher(self.config, self.teacher, self.device)
+        if self.asked_held_out is None:
+            self.asked_held_out = self.evaluation_teacher()
+        teacher = self.asked_held_out
         found = self.measured(
             functools.partial(self.position_scores, teacher),
             agreement.names(teacher=teacher is not None),
@@ -92,6 +96,30 @@ class DistillTask(NextTokenTask):
             **likeness,
             "val_calibration_error": agreement.calibration_error(found),
         }
+
+    def evaluation_teacher(self) -> Teacher | None:
+        """Who is asked about held-out text, at temperature 1: the teacher itself. A cache, which is
+        of the training text alone, keeps what its teacher says about held-out text, too, who is
+        loaded once for that; None where nobody says who it is."""
+        teacher, options = self.teacher, self.config.teacher
+        if isinstance(teacher, RecordingTeacher):
+            teacher = teacher.teacher
+        if isinstance(teacher, DirectTeacher):
+            asked = Asked(min(options.topk, len(teacher.loaded.head)))
+            return DirectTeacher(teacher.loaded, asked, len(teacher.loaded.head), teacher.identity)
+        if not isinstance(teacher, CachedTeacher):
+            return teacher  # a served one, which knows temperature 1 only
+        assert options.cache is not None
+        rows = held_out_rows(self.config, self.examples)
+        asked = within(Asked(options.topk), rows.vocab_size)
+        found = held_out.find(options.cache, rows, asked, teacher.identity)
+        if found is None and options.path is not None:
+            if self.processes.main:
+                named = direct_teacher(self.config, self.examples, asked, self.device)
+                held_out.keep(options.cache, rows, named)
+            self.processes.any(False)  # the others wait
+            found = held_out.find(options.cache, rows, asked, teacher.identity)
+        return found
 
     def position_scores(
         self, teacher: Teacher | None, inputs: Tensor, targets: Tensor, starts: Tensor
@@ -140,7 +168,7 @@ def asked_of(config: Config) -> Asked:
 
 def open_teacher(config: Config, examples: Examples, device: torch.device) -> Teacher:
     """The teacher of a run; see ``thimble.teachers`` for what is raised."""
-    options, asked = config.teacher, asked_of(config)
+    options, asked = config.teacher, within(asked_of(config), examples.vocab_size)
     teacher: Teacher
     if options.mode == "cached":
         assert options.cache is not None
@@ -148,11 +176,10 @@ def open_teacher(config: Config, examples: Examples, device: torch.device) -> Te
         if options.path is not None:
             wanted = identity(teacher_folder(options.path), _path(options.adapter))
         return CachedTeacher(options.cache, examples, asked, wanted)
-    asked = _within(asked, examples.vocab_size)
     if options.mode == "served":
         teacher = _served(config, examples, asked)
     else:
-        teacher = _direct(config, examples, asked, device)
+        teacher = direct_teacher(config, examples, asked, device)
     if options.cache_logits:
         assert options.cache is not None
         return RecordingTeacher(teacher, options.cache, examples)
@@ -175,25 +202,20 @@ def teacher_folder(name: str) -> Path:
     return find(name)
 
 
-def evaluation_teacher(config: Config, teacher: Teacher, device: torch.device) -> Teacher | None:
-    """Who is asked about held-out text, at temperature 1: the teacher itself. In place of a cache,
-    which is of the training text alone, the teacher it is of, loaded for as long as that takes;
-    None where nobody says who that is."""
-    if isinstance(teacher, RecordingTeacher):
-        teacher = teacher.teacher
-    if isinstance(teacher, DirectTeacher):
-        asked = Asked(min(config.teacher.topk, len(teacher.loaded.head)))
-        return DirectTeacher(teacher.loaded, asked, len(teacher.loaded.head), teacher.identity)
-    if not isinstance(teacher, CachedTeacher):
-        return teacher  # a served one, which knows temperature 1 only
-    if config.teacher.path is None:
-        return None
-    examples = open_examples(config.data.folder, "train", config.training.sequence_length)
-    asked = _within(Asked(config.teacher.topk), examples.vocab_size)
-    return _direct(config, examples, asked, device)
+def held_out_rows(config: Config, like: Examples) -> HeldOutRows:
+    """What the evaluations of a run read: found by one that only writes down."""
+    rows = HeldOutRows(like)
+    apart = isinstance(like, PackedExamples)
+
+    def note(inputs: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        rows.note(inputs, targets, starts if apart else None)
+        return torch.zeros(targets.shape)
+
+    measure_held_out(config, note, config.training.micro_batch_size, torch.device("cpu"), [])
+    return rows
 
 
-def _direct(
+def direct_teacher(
     config: Config, examples: Examples, asked: Asked, device: torch.device
 ) -> DirectTeacher:
     options = config.teacher
@@ -215,7 +237,7 @@ def _served(config: Config, examples: Examples, asked: Asked) -> Teacher:
     return ServedTeacher(config.teacher.url, examples, asked, model=config.teacher.path)
 
 
-def _within(asked: Asked, vocabulary: int) -> Asked:
+def within(asked: Asked, vocabulary: int) -> Asked:
     """No more of the likeliest tokens than there are."""
     if asked.sampled or asked.k <= vocabulary:
         return asked

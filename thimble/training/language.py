@@ -104,8 +104,9 @@ class NextTokenTask:
         return objective(piece.inputs, piece.targets, self.seen(piece.starts)) * piece.scale
 
     def seen(self, starts: Tensor) -> Tensor | None:
-        """Where documents begin, for a model that keeps them apart."""
-        return starts if self.model.config.mixer == "retention" else None
+        """Where documents begin, for a model that keeps them apart: retention always, attention
+        those of packed chunks, where a teacher does so, too."""
+        return starts if self.model.config.mixer == "retention" or self.windows.apart else None
 
     def settle(self) -> None:
         pass
@@ -128,23 +129,9 @@ class NextTokenTask:
     def measured(self, measure: Measure, beside: Sequence[str] = ()) -> dict[str, Any]:
         """Of the validation split, what ``measure`` gives of each position; see
         ``perplexity.evaluate_split``."""
-        config = self.config
         by_rows = functools.partial(self.processes.by_rows, measure)
-        rows = config.training.micro_batch_size * self.processes.count
-        most, names = config.evaluation.max_tokens, list(beside)
-        held_out = open_data(config, "val")
-        if isinstance(held_out, PackedChunks):
-            return evaluate_chunks(by_rows, held_out, rows, most, self.device, names)
-        length = config.training.sequence_length
-        return evaluate_split(
-            lambda inputs, targets: by_rows(inputs, targets, inputs == self.end_id),
-            held_out,
-            length,
-            rows,
-            most,
-            device=self.device,
-            beside=names,
-        )
+        rows = self.config.training.micro_batch_size * self.processes.count
+        return measure_held_out(self.config, by_rows, rows, self.device, list(beside))
 
     def figures(self, result: dict[str, Any]) -> dict[str, Any]:
         # Of packed chunks nobody knows the bytes.
@@ -200,3 +187,21 @@ class NextTokenTask:
 
     def documents(self) -> dict[str, Any]:
         return {}
+
+
+def measure_held_out(
+    config: Config, measure: Measure, rows: int, device: torch.device, beside: list[str]
+) -> dict[str, Any]:
+    """The validation split of a run, ``rows`` at a time; see ``perplexity.evaluate_split``."""
+    most, held_out = config.evaluation.max_tokens, open_data(config, "val")
+    if isinstance(held_out, PackedChunks):
+        return evaluate_chunks(measure, held_out, rows, most, device, beside)
+    return evaluate_split(
+        lambda inputs, targets: measure(inputs, targets, inputs == held_out.eot_id),
+        held_out,
+        config.training.sequence_length,
+        rows,
+        most,
+        device=device,
+        beside=beside,
+    )

@@ -38,6 +38,9 @@ class TrainingRows(Protocol):
     def batch(self, seen: int, size: int) -> Batch:
         """The ``size`` rows after the first ``seen`` of the endless sequence of epochs."""
 
+    def order(self, seen: int, size: int) -> np.ndarray:
+        """Their numbers."""
+
 
 class WindowRows:
     """Windows of a token stream; a document begins with the end of the one before it, since its
@@ -50,9 +53,12 @@ class WindowRows:
         self.count, self.tokens, self.end_id = self.windows.count, len(data.tokens), data.eot_id
 
     def batch(self, seen: int, size: int) -> Batch:
-        numbers = self.windows.order(seen, size)
+        numbers = self.order(seen, size)
         inputs, targets = self.windows.rows(numbers)
         return Batch(inputs, targets, inputs == self.end_id, numbers)
+
+    def order(self, seen: int, size: int) -> np.ndarray:
+        return self.windows.order(seen, size)
 
 
 class ChunkRows:
@@ -67,6 +73,9 @@ class ChunkRows:
     def batch(self, seen: int, size: int) -> Batch:
         found = self.chunks.batch(seen, size)
         return Batch(found.inputs, found.targets, found.starts, found.numbers)
+
+    def order(self, seen: int, size: int) -> np.ndarray:
+        return self.chunks.order(seen, size)
 
 
 def open_rows(data: TokenSplit | PackedChunks, length: int, seed: int) -> TrainingRows:
