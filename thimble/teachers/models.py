@@ -177,7 +177,10 @@ def merged(model: Any, adapter: Path) -> Any:
     """The model with the adapter's change added to its weights."""
     peft = import_peft()
     if not (adapter / "adapter_config.json").is_file():
-        raise DataError(f"There is no adapter at {adapter}: it has no adapter_config.json.")
+        raise DataError(
+            f"There is no adapter at {adapter}: it has no adapter_config.json. `thimble teacher "
+            "finetune` writes one as the folder `adapter`."
+        )
     weight_files(adapter)
     try:
         return peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
