@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests import helpers_recursion
+from tests import helpers_distill, helpers_recursion
 from tests import helpers_training as helpers
 from thimble import cli
 from thimble.config.schema import Config
@@ -159,13 +159,36 @@ def recursive(output: Path) -> dict[str, Any]:
     return {"seen": seen, "recursive leg": ended(lambda: train(config, resume=run))}
 
 
+STUDENTS = {
+    "direct": [],
+    "cached": ["teacher.mode=cached", "teacher.cache={}/cache"],
+    "recording": ["teacher.cache_logits=true", "teacher.cache={}/recorded"],
+}
+
+
+def student_config(kind: str, output: Path, home: Path) -> Config:
+    words = [word.format(home) for word in STUDENTS[kind]]
+    short = ["training.max_steps=6", "training.save_every=6"]
+    return helpers_distill.config(output, home / "teacher", *short, *words)
+
+
+def students(output: Path) -> dict[str, Any]:
+    """Each way of asking a teacher, and sharded, in the processes of this run."""
+    for kind in STUDENTS:
+        train(student_config(kind, output / kind / "two", output))
+    config = student_config("direct", output / "fsdp" / "two", output)
+    training = config.training.model_copy(update={"data_parallel": "fsdp"})
+    return {"fsdp": ended(lambda: train(config.model_copy(update={"training": training})))}
+
+
 def main(output: Path, scenario: str, *words: str) -> int:
     torch.set_num_threads(1)
     if scenario == "command":
         at(5, bad_data)
         return cli.main(words)
     results: dict[str, Any] = {}
-    for function in (same_as_one, legs, stops, recursive):
+    legs_of = {"all": (same_as_one, legs, stops, recursive), "students": (students,)}
+    for function in legs_of[scenario]:
         results |= function(output)
     (output / f"{RANK}.json").write_text(json.dumps(results))
     return 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import helpers_distill
+from tests import helpers_distill, helpers_training
 from tests.helpers_distill import config
 from tests.helpers_training import WINDOW, state_of, timeless, token_directory
 from thimble.errors import DataError
@@ -57,8 +57,13 @@ def test_direct_cached_and_resumed(packed: Path, teacher: Path, tmp_path: Path) 
     assert timeless(copy) == timeless(direct.path)
 
 
-def test_what_is_held_out_is_every_target_once(packed: Path, tmp_path: Path) -> None:
-    run = train(config(tmp_path, None, f"data.path={packed}", "evaluation.max_tokens=null"))
+@pytest.mark.parametrize("mixer", ["retention", "attention"])
+def test_what_is_held_out_is_every_target_once(mixer: str, packed: Path, tmp_path: Path) -> None:
+    words = [f"data.path={packed}", "evaluation.max_tokens=null"]
+    student = config(tmp_path, None, *words)
+    if mixer == "attention":
+        student = helpers_training.config(tmp_path, *words)
+    run = train(student)
     record = [r for r in run.metrics if "val_loss" in r][-1]
     assert "val_bits_per_byte" not in record
     assert run.checkpoint is not None

@@ -1,12 +1,14 @@
 """The gate: whether what came out of a run is a language model, by five conditions.
 
 1. The run's record has no NaN or Inf, and no guard stopped it for one.
-2. Validation perplexity over the whole split is under the recipe's threshold.
+2. Validation perplexity over the whole split is under the recipe's threshold; a student whose
+   recipe has none is judged by the others.
 3. The checkpoint is complete: every file has the sha256 of its manifest.
 4. It loads, and what it generates has not degenerated.
 5. Its size on disk is what the configuration implies.
 
-Beside them stands the ladder of baselines (``baselines``), which decides nothing.
+Beside them stands the ladder of baselines (``baselines``), which decides nothing; of packed chunks,
+which know neither whole documents nor their bytes, there is none.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ from thimble.config.load import CONFIG_FILE, load_run
 from thimble.config.schema import Config
 from thimble.errors import ConfigError, DataError
 from thimble.evaluation import baselines
-from thimble.evaluation.perplexity import evaluate_model, held_out
-from thimble.evaluation.samples import Sample, held_out_samples
-from thimble.generation.model import load
+from thimble.evaluation.perplexity import check_trained_on, evaluate_model, held_out
+from thimble.evaluation.samples import WORD_TOKENS, Sample, held_out_samples
+from thimble.generation.model import Model, load
 from thimble.models.interop import WEIGHTS
-from thimble.tokens.shards import check_tokenizer
+from thimble.tokens import packing
+from thimble.tokens.packed import PackedChunks
+from thimble.tokens.packed_text import PackedText
+from thimble.tokens.shards import TokenSplit, check_tokenizer
 from thimble.training import checkpoint
+from thimble.training.data import open_data
 from thimble.training.run import METRICS, RunFolder, read_records
 
 if TYPE_CHECKING:
@@ -99,7 +105,8 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
     Writes ``acceptance.json`` into the run, and a model card, ``README.md``, into an accepted
     checkpoint. Raises DataError when the checkpoint is not part of a run or of an architecture
     that is not ours, when the run's record is missing, and when the tokens are missing or are not
-    those it was trained on; ConfigError when its recipe has no gate.
+    those it was trained on; ConfigError when its recipe has no gate, and for a split that packed
+    chunks do not have.
     """
     if split not in SPLITS:
         raise ConfigError(f"The gate judges held-out text: split {' or '.join(SPLITS)}.")
@@ -109,11 +116,16 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
     problems = _missing(manifest) + artifacts.damaged_files(directory, manifest, hashes=True)
     saved = not problems and (directory / CONFIG_FILE).is_file()
     config = load_run(directory if saved else run)
-    if config.acceptance.perplexity is None or config.objective.name == "act":
+    chunks = packed(config.data.folder)
+    student = chunks or config.objective.name == "distill"
+    threshold = config.acceptance.perplexity
+    if config.objective.name == "act" or (threshold is None and not student):
         raise ConfigError(
             f"{config.recipe} has no gate to be judged by. What it is measured by:\n"
             f"  thimble evaluate {path}"
         )
+    if chunks and split != "val":
+        raise ConfigError(f"{config.data.folder} holds out one split. Use:\n  --split val")
     step = manifest["options"].get("step")
     record = _record_condition(run / METRICS, step)
     whole = Condition(
@@ -126,18 +138,19 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
     ladder: list[Rung] = []
     samples: list[Sample] = []
     notes: list[str] = []
-    limit = f"below {config.acceptance.perplexity:g}"
+    limit = "a number" if threshold is None else f"below {threshold:g}"
+    if threshold is None:
+        notes.append(
+            f"{config.recipe} has no acceptance.perplexity: its perplexity is told, not judged."
+        )
     if problems:
         why = "not measured: the checkpoint is damaged"
         perplexity = Condition(PERPLEXITY.format(SPLITS[split]), limit, why, None)
         text = Condition(TEXT, "loads and generates", why, None)
     else:
-        data = held_out(directory, manifest, config, split)
-        model = load(directory, device)
-        check_tokenizer(data.manifest, model.tokenizer, directory)
-        evaluation = evaluate_model(model.nll, model, data, config.training.sequence_length)
+        data, evaluation, model = _measured(directory, manifest, config, split, device)
         value = evaluation["perplexity"]
-        ok = value < config.acceptance.perplexity
+        ok = math.isfinite(value) if threshold is None else value < threshold
         perplexity = Condition(PERPLEXITY.format(SPLITS[split]), limit, f"{value:.2f}", ok)
         samples, _ = held_out_samples(
             model,
@@ -148,11 +161,16 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
             seed=config.seed,
         )
         text = _text_condition(samples)
-        measured = baselines.measure(config.data.folder, split)
-        notes = measured["notes"]
-        bits = evaluation["bits_per_byte"]
-        rungs = sorted(measured["rungs"].items(), key=lambda rung: -rung[1])
-        ladder = [Rung(name, value, bits < value) for name, value in rungs]
+        if chunks:
+            notes.append(
+                f"No ladder of baselines: {config.data.folder} holds chunks, not whole documents."
+            )
+        else:
+            measured = baselines.measure(config.data.folder, split)
+            notes += measured["notes"]
+            bits = evaluation["bits_per_byte"]
+            rungs = sorted(measured["rungs"].items(), key=lambda rung: -rung[1])
+            ladder = [Rung(name, value, bits < value) for name, value in rungs]
     result = Acceptance(
         checkpoint=directory,
         run=run,
@@ -172,6 +190,32 @@ def accept(path: str | Path, *, split: str = "val", device: str = "auto") -> Acc
 
         artifacts.write_text(directory / CARD, model_card(result, config))
     return result
+
+
+def _measured(
+    directory: Path, manifest: Mapping[str, Any], config: Config, split: str, device: str
+) -> tuple[TokenSplit | PackedText, dict[str, Any], Model]:
+    """Held-out text, what ``evaluate_split`` gives of it, and the model."""
+    length = config.training.sequence_length
+    if not packed(config.data.folder):
+        data = held_out(directory, manifest, config, split)
+        model = load(directory, device)
+        check_tokenizer(data.manifest, model.tokenizer, directory)
+        return data, evaluate_model(model.nll, model, data, length), model
+    from thimble.evaluation.students import measure
+
+    check_trained_on(PackedChunks(config.data.folder, length=length), directory, manifest)
+    chunks = open_data(config, split)
+    model = load(directory, device)
+    check_tokenizer(chunks.manifest, model.tokenizer, directory)
+    figures = measure(model, chunks, length, None)
+    return PackedText(chunks, model.tokenizer, WORD_TOKENS), figures, model
+
+
+def packed(folder: str | Path) -> bool:
+    """Whether a data folder holds packed chunks."""
+    manifest = Path(folder) / artifacts.MANIFEST
+    return manifest.is_file() and artifacts.read_json(manifest).get("kind") == packing.KIND
 
 
 def stored(run: str | Path) -> Acceptance | None:

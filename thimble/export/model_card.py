@@ -16,7 +16,9 @@ from thimble.config import load as configuration
 from thimble.config.describe import as_override
 from thimble.config.schema import Config
 from thimble.errors import DataError
+from thimble.evaluation import acceptance
 from thimble.evaluation.ladder import ladder_words
+from thimble.tokens import packing
 
 if TYPE_CHECKING:
     from thimble.evaluation.acceptance import Acceptance
@@ -34,15 +36,17 @@ def model_card(result: Acceptance, config: Config) -> str:
     The card is no part of the checkpoint's manifest: it describes the files named there.
     """
     make = "thimble tokens build CORPUS"
-    tokens = artifacts.read_manifest(config.data.folder, "tokens", make=make)
-    corpus = _corpus(config.data.folder, tokens)
+    packed = acceptance.packed(config.data.folder)
+    kind = packing.KIND if packed else "tokens"
+    tokens = artifacts.read_manifest(config.data.folder, kind, make=make)
+    corpus = None if packed else _corpus(config.data.folder, tokens)
     sections = [
         f"# {config.recipe}",
         _introduction(result, config),
         "## Measured",
         _measured(result),
         "## Training data",
-        _data(config.data.folder, tokens, corpus),
+        _chunks(config, tokens) if packed else _data(config.data.folder, tokens, corpus),
         "## Training",
         _training(result, config),
         "## Samples",
@@ -86,17 +90,29 @@ def _metadata(result: Acceptance, config: Config, tokens: Mapping[str, Any]) -> 
 
 def _introduction(result: Acceptance, config: Config) -> str:
     model = config.model
+    heads = f"query heads {model.num_attention_heads} and key-value heads "
+    heads += f"{model.num_key_value_heads} of {model.head_dim}"
+    if model.mixer == "retention":
+        heads = f"{model.num_attention_heads} heads of retention of {model.head_dim}"
+    register = "import thimble.hub  # registers the architecture\n"
+    own = model.mixer == "retention" or model.schedule == "recursive"
+    begin = "from random weights"
+    if config.training.init_from_teacher:
+        begin = f"from weights of {config.teacher.path}"
+    if config.objective.name == "distill":
+        begin += f" and to say what {config.teacher.path or 'its teacher'} says"
     return "\n\n".join(
         [
-            f"A causal language model of {model.num_parameters:,} parameters, trained from random "
-            f"weights with thimble on one machine: "
-            f"layers {model.num_hidden_layers}, hidden size {model.hidden_size}, query heads "
-            f"{model.num_attention_heads} and key-value heads {model.num_key_value_heads} of "
-            f"{model.head_dim}, SwiGLU {model.intermediate_size}, vocabulary "
+            f"A causal language model of {model.num_parameters:,} parameters, trained {begin} "
+            f"with thimble on one machine: "
+            f"layers {model.num_hidden_layers}, hidden size {model.hidden_size}, {heads}, "
+            f"SwiGLU {model.intermediate_size}, vocabulary "
             f"{model.vocab_size:,}, context {model.max_position_embeddings:,} tokens.",
-            "It completes text; it was not instruction-tuned. transformers loads it as it is:",
+            "It completes text; it was not instruction-tuned. "
+            + ("transformers loads it with thimble:" if own else "transformers loads it as it is:"),
             textwrap.indent(
-                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                (register if own else "")
+                + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
                 "model = AutoModelForCausalLM.from_pretrained(FOLDER)\n"
                 "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
                 "    ",
@@ -127,16 +143,19 @@ def _measured(result: Acceptance) -> str:
     mine = figures["bits_per_byte"]
     rungs = [(rung.name, rung.bits_per_byte) for rung in result.ladder]
     rungs.append((f"**{result.recipe}**", mine))
-    ladder = _table(
-        ("on the same bytes", "bits per byte"),
-        [(name, f"{bits:.4f}") for name, bits in sorted(rungs, key=lambda rung: -rung[1])],
-    )
+    ladder = ""
+    if result.ladder:
+        ladder = _table(
+            ("on the same bytes", "bits per byte"),
+            [(name, f"{bits:.4f}") for name, bits in sorted(rungs, key=lambda rung: -rung[1])],
+        )
     gate = _table(
         ("condition", "wanted", "measured"),
         [(c.name, c.wanted, c.measured) for c in result.conditions],
     )
-    words = [*ladder_words(result.ladder, mine), *result.notes]
-    return "\n\n".join([held_out, numbers, ladder, " ".join(words), "It passed the gate:", gate])
+    words = [*(ladder_words(result.ladder, mine) if result.ladder else []), *result.notes]
+    parts = [held_out, numbers, ladder, " ".join(words), "It passed the gate:", gate]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _data(path: str, tokens: Mapping[str, Any], corpus: Mapping[str, Any] | None) -> str:
@@ -174,6 +193,20 @@ def _data(path: str, tokens: Mapping[str, Any], corpus: Mapping[str, Any] | None
         text.append("The corpus was no longer at hand when this was written, so licences are open.")
     text.append("The licence of the model itself is not set here; choose it with these in mind.")
     return "\n\n".join(text)
+
+
+def _chunks(config: Config, tokens: Mapping[str, Any]) -> str:
+    """Of packed chunks: the files they were made of, and what was done with them."""
+    counts = tokens["counts"]["train"]
+    sources = sorted(part["source"] for part in tokens["inputs"].values())
+    named = ", ".join(f"`{name}`" for name in sources[:SOURCES])
+    more = f" and {len(sources) - SOURCES:,} more" if len(sources) > SOURCES else ""
+    return (
+        f"The training split of `{Path(config.data.folder).name}`: {counts['documents']:,} "
+        f"documents, {counts['tokens']:,} tokens in {counts['chunks']:,} chunks of "
+        f"{tokens['max_seq_length']:,}, made of {named}{more}. Their licences are not recorded "
+        "here; look where they are from before you publish the model."
+    )
 
 
 def _training(result: Acceptance, config: Config) -> str:
@@ -231,6 +264,14 @@ def reproduction(
     config: Config, tokens: Mapping[str, Any], corpus: Mapping[str, Any] | None
 ) -> Iterator[str]:
     """The commands from sources to gate, one a line."""
+    if tokens["kind"] == packing.KIND:
+        length = tokens["max_seq_length"]
+        yield (
+            f"thimble tokens pack --input YOUR_FILES --output {shlex.quote(config.data.folder)} "
+            f"--recursive --max-seq-length {length} --tokenizer ."
+        )
+        yield from _from_tokens(config)
+        return
     name, options = _corpus_name(tokens), (corpus or {}).get("options", {})
     if options.get("name"):
         wanted = [f" --{key} {options[key]}" for key in ("scale", "seed") if key in options]
@@ -242,6 +283,10 @@ def reproduction(
     used = f"--tokenizer {shlex.quote(given)}" if given else size
     target = shlex.quote(config.data.folder)
     yield f"thimble tokens build {shlex.quote(name)} {used} --output {target}"
+    yield from _from_tokens(config)
+
+
+def _from_tokens(config: Config) -> Iterator[str]:
     if config.recipe in configuration.recipe_names():
         changed = "".join(f" {shlex.quote(override)}" for override in overrides(config))
         yield f"thimble train {config.recipe}{changed}"
@@ -269,6 +314,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _corpus_name(tokens: Mapping[str, Any]) -> str:
+    if tokens["kind"] == packing.KIND:
+        return "packed chunks"
     return str(tokens["inputs"]["corpus"]["name"])
 
 

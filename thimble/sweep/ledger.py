@@ -103,20 +103,20 @@ def outcome(path: Path | None) -> dict[str, Any]:
     if evaluations:
         best = min(evaluations, key=measure)
         facts["best_step"] = best["step"]
-        facts |= {key: best[key] for key in FIGURES if key in best}
+        facts |= {key: best[key] for key in FIGURES if best.get(key) is not None}
     return facts
 
 
 def measure(figures: dict[str, Any]) -> float:
     """What runs are compared by: held-out bits per byte, or where nobody knows the bytes, as of
     packed chunks, the loss in nats per token; infinite for neither."""
-    value: float = figures.get(BITS, figures.get("val_loss", math.inf))
-    return value
+    known = [figures[key] for key in (BITS, "val_loss") if figures.get(key) is not None]
+    return known[0] if known else math.inf
 
 
 def unit(runs: Iterable[dict[str, Any]]) -> str:
     """Of ``measure``."""
-    keys = {key for run in runs for key in run}
+    keys = {key for run in runs for key, value in run.items() if value is not None}
     return "nats per token" if "val_loss" in keys and BITS not in keys else "bits per byte"
 
 

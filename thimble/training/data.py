@@ -90,6 +90,16 @@ def open_data(config: Config, split: str = "train") -> Any:
     return _puzzles(config, split)
 
 
+def separated(config: Config) -> bool:
+    """Whether a model is told where documents begin: retention always, attention of packed chunks.
+    ``language.NextTokenTask.seen`` does so."""
+    from thimble.tokens.packing import KIND
+
+    if config.objective.name == "act" or config.data.path is None:
+        return False
+    return config.model.mixer == "retention" or _kind(config.data.folder) == KIND
+
+
 def _kind(folder: str) -> str | None:
     manifest = Path(folder) / artifacts.MANIFEST
     found = artifacts.read_json(manifest) if manifest.is_file() else {}

@@ -113,7 +113,8 @@ class DistillTask(NextTokenTask):
         rows = held_out_rows(self.config, self.examples)
         asked = within(Asked(options.topk), rows.vocab_size)
         found = held_out.find(options.cache, rows, asked, teacher.identity)
-        if found is None and options.path is not None:
+        # Nobody writes before all have looked, and nobody reads before it is written.
+        if self.processes.any(found is None)[0] and options.path is not None:
             if self.processes.main:
                 named = direct_teacher(self.config, self.examples, asked, self.device)
                 held_out.keep(options.cache, rows, named)
@@ -196,8 +197,8 @@ def teacher_folder(name: str) -> Path:
     if not Path(name).exists() and Path(name).parts[:1] == ("runs",):
         recipe = Path(name).name
         raise DataError(
-            f"There is no run in {name} to learn from. Train a teacher on the same data.path first, "
-            f"or name one with teacher.path:\n  thimble train {recipe} data.path=..."
+            f"There is no run in {name} to learn from. Train a teacher on the same data.path "
+            f"first, or name one with teacher.path:\n  thimble train {recipe} data.path=..."
         )
     return find(name)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from thimble.training.forecast import Forecast, Stages
+    from thimble.training.plan import Plan
 
 
 def render(result: Forecast, console: Console) -> None:
@@ -32,6 +33,7 @@ def render(result: Forecast, console: Console) -> None:
                 ["epochs", f"{plan.epochs:.2f}"],
                 ["tokens per parameter", f"{plan.tokens_per_parameter:.1f}"],
                 ["FLOPs", f"{plan.flops:.3g}; {plan.flops_per_token:.3g} per token"],
+                *_teacher(plan),
             ],
         )
     )
@@ -67,6 +69,25 @@ def render(result: Forecast, console: Console) -> None:
         console.print(Text(f"What fits here: {words}", "bold"))
     for warning in result.warnings:
         log.warning("%s", warning)
+
+
+def _teacher(plan: Plan) -> list[list[str]]:
+    found, rows = plan.teacher, []
+    if found is None:
+        return []
+    if found.parameters and found.flops_per_token:
+        share = found.flops_per_token / plan.flops_per_token
+        rows.append(["teacher", f"{found.parameters:,} parameters, {share:.0%} of the FLOPs"])
+    if found.cache_bytes:
+        each = found.cache_bytes_per_token
+        rows.append(
+            [
+                "teacher's cache",
+                f"{_bytes(found.cache_bytes)} on disk, {each:,} bytes a token, "
+                f"{_bytes(each * plan.tokens_per_step)} a step",
+            ]
+        )
+    return rows
 
 
 def render_stages(result: Stages, console: Console) -> None:

@@ -14,19 +14,22 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from thimble.config.schema import Config
+from thimble.config.schema import Config, ModelConfig
 from thimble.models import interop
 from thimble.models.causal_lm import CausalLM
 from thimble.models.recursive import RecursiveLM
 from thimble.objectives import linear_cross_entropy
 from thimble.objectives.act import ACT, empty_carry
+from thimble.objectives.distillation import Distillation, blend
 from thimble.objectives.next_token import NextToken
+from thimble.training.data import separated
 from thimble.training.ema import EMA
 from thimble.training.optimizer import make_optimizer
+from thimble.training.teacher_costs import answers, ask, local_config
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Memory:
     ``optimizer``: moments, and averages of the weights where a run keeps them. ``logits``: of one
     chunk of positions, with the gradients that the loss computes at once.
     ``activations``: what autograd keeps for the backward pass, and what operations need for the
-    moment. ``other``: the process itself and what its allocator does not give back; on a GPU 0.
+    moment. ``teacher``: the weights of one that is loaded beside the student. ``other``: the
+    process itself and what its allocator does not give back; on a GPU 0.
     """
 
     weights: int
@@ -45,6 +49,7 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    teacher: int = 0
     other: int = 0
 
     @property
@@ -66,6 +71,10 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if function is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
+            # Which positions have a target is not known: all of them, at most.
+            function, args = torch.ops.aten.new_empty.default, (args[0], [args[0].numel(), 1])
+            kwargs = {"dtype": torch.int64}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             # A sparse one has none of its own: indices and values are tensors, and counted.
@@ -96,12 +105,44 @@ def peak_memory(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
     """
     depth = config.model.num_hidden_layers
     if depth <= 3:
-        return _simulate(config, dtype, device_type)
-    two, three = (_simulate(_with_layers(config, layers), dtype, device_type) for layers in (2, 3))
-    small, large = asdict(two), asdict(three)
-    return Memory(
-        **{part: small[part] + (depth - 2) * (large[part] - small[part]) for part in small}
-    )
+        student = _simulate(config, dtype, device_type)
+    else:
+        two, three = (
+            _simulate(_with_layers(config, layers), dtype, device_type) for layers in (2, 3)
+        )
+        small, large = asdict(two), asdict(three)
+        student = Memory(
+            **{part: small[part] + (depth - 2) * (large[part] - small[part]) for part in small}
+        )
+    shape = local_config(config) if config.teacher.mode == "direct" else None
+    if shape is None:
+        return student
+    weights, passing = _teacher(config, shape, dtype, device_type)
+    # It is asked before the student's pass, so the larger of both passes counts.
+    activations = max(student.activations, passing - student.logits)
+    return replace(student, teacher=weights, activations=activations)
+
+
+def _teacher(
+    config: Config, shape: ModelConfig, dtype: torch.dtype, device_type: str
+) -> tuple[int, int]:
+    """Bytes of a teacher's weights, and of what being asked about a micro-batch needs beside."""
+    # Nothing is kept from block to block, so two of them need as much as all.
+    few = shape.model_copy(update={"num_hidden_layers": min(shape.num_hidden_layers, 2)})
+    sections = (few, config.objective, config.teacher, config.training)
+    key = (*(section.model_dump_json() for section in sections), dtype, device_type)
+    if key not in _asked:
+        training = config.training
+        with _chunks_of(device_type), FakeTensorMode(), Allocations() as count:
+            model = CausalLM(few).to(dtype).requires_grad_(False)
+            model.compute_dtype = dtype
+            ids = torch.zeros(
+                (training.micro_batch_size, training.sequence_length), dtype=torch.int64
+            )
+            count.peak = before = count.live
+            ask(model, config, ids)
+            _asked[key] = count.peak - before
+    return shape.num_parameters * dtype.itemsize, _asked[key]
 
 
 def _with_layers(config: Config, layers: int) -> Config:
@@ -110,6 +151,7 @@ def _with_layers(config: Config, layers: int) -> Config:
 
 
 _simulated: dict[tuple[Any, ...], Memory] = {}  # GPUs and stages often ask for the same
+_asked: dict[tuple[Any, ...], int] = {}
 
 
 def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
@@ -118,8 +160,9 @@ def _simulate(config: Config, dtype: torch.dtype, device_type: str) -> Memory:
         # Cycles without gradients leave nothing behind: one of them stands for all.
         cycles = min(model.H_cycles, model.bp_cycles + 1)
         config = config.model_copy(update={"model": model.model_copy(update={"H_cycles": cycles})})
-    sections = (config.model, config.objective, config.optim, config.training)
-    key = (*(section.model_dump_json() for section in sections), dtype, device_type)
+    sections = (config.model, config.objective, config.optim, config.training, config.teacher)
+    parts = (section.model_dump_json() for section in sections)
+    key = (*parts, separated(config), dtype, device_type)
     if key not in _simulated:
         _simulated[key] = _run(config, dtype, device_type)
     return _simulated[key]
@@ -165,9 +208,13 @@ def _pass(
     config: Config, model: CausalLM | RecursiveLM, ids: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
     """One micro-batch of the objective; of deep supervision with every position labelled."""
+    starts = torch.zeros(ids.shape, dtype=torch.bool) if separated(config) else None
+    if config.objective.name == "distill":
+        student, how = Distillation(model), blend(config.objective, 0, 1)
+        return lambda: student(ids, ids, starts, answers(config), how).loss
     if not isinstance(model, RecursiveLM) or config.objective.name != "act":
         objective = NextToken(model)
-        return lambda: objective(ids, ids)
+        return lambda: objective(ids, ids, starts)
     options = config.objective
     act = ACT(model, form=options.form, per_sequence=options.per_sequence)
     carry = empty_carry(model, *ids.shape)

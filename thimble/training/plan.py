@@ -10,6 +10,7 @@ from typing import Any
 from thimble.config.schema import Config, ModelConfig
 from thimble.conversations import sources
 from thimble.training.data import open_data
+from thimble.training.teacher_costs import TeacherCosts, costs
 
 # Conversations of data sets that are not here: SlimOrca's as its documents count them, OpenOrca's
 # as its page on the hub does (1 million of GPT-4, 3.2 million of GPT-3.5).
@@ -88,6 +89,7 @@ class Plan:
     # where there is nothing to halt, or steps are what ends the run.
     halting_at_once: float
     examples: int  # of an epoch: conversations, puzzles, windows
+    teacher: TeacherCosts | None  # counted in ``flops_per_token``
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,9 +193,16 @@ def plan(config: Config) -> Plan:
     tokens = round(run.seen * run.length)
     available = round(run.examples * run.length) if recursive else run.tokens
     parameters = config.model.num_parameters
+    teacher = costs(config, run.examples)
     per_token = flops_per_token(config.model, training.sequence_length)
+    per_token += teacher.flops_per_token if teacher else 0.0
 
     warnings = []
+    if teacher and teacher.mode == "direct" and teacher.parameters is None:
+        warnings.append(
+            f"The teacher {config.teacher.path} is not here, or of another kind than llama and "
+            "mistral: neither its memory nor its time is counted."
+        )
     if config.data.path is None:
         folder = config.dataset.data_dir or f"data/{_hub_name(config)}"
         warnings.append(
@@ -253,5 +262,6 @@ def plan(config: Config) -> Plan:
         flops=per_token * tokens,
         halting_at_once=1 / thought if recursive and run.ended_by_examples else 1.0,
         examples=run.examples,
+        teacher=teacher,
         warnings=warnings,
     )

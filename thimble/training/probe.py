@@ -67,7 +67,8 @@ def probe(config: Config, micro_batches: list[int], flops_per_token: float) -> l
 def _alike(config: Config) -> Config:
     """The same steps, and the same words for them: of conversations whichever they are."""
     training = config.training.model_copy(update={"load_checkpoint": None})
-    changed: dict[str, Any] = {"training": training}
+    teacher = config.teacher.model_copy(update={"cache_logits": False})  # nothing is kept of it
+    changed: dict[str, Any] = {"training": training, "teacher": teacher}
     if config.data.path is None or isinstance(open_data(config), Conversations):
         made_up = DatasetConfig(name="made up", seq_len=training.sequence_length)
         changed |= {"data": DataConfig(), "dataset": made_up, "recipe": "probe"}

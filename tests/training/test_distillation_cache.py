@@ -1,0 +1,107 @@
+"""Runs that fill a cache, and runs that read one: stopped, resumed, of another teacher."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from tests import helpers_distill
+from tests.helpers_distill import config
+from tests.helpers_training import state_of, timeless
+from thimble.errors import DataError
+from thimble.sweep import teaching
+from thimble.teachers import models
+from thimble.teachers.direct import DirectTeacher
+from thimble.training import train
+from thimble.training.run import Run
+
+SCHEDULES = ["objective.temperature_start=4", "objective.distill_alpha_start=0.9"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return helpers_distill.teacher_in(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of training that a teacher is asked about."""
+    found: list[int] = []
+    inner = DirectTeacher.targets
+
+    def targets(self: DirectTeacher, numbers: Sequence[int], inputs: Tensor, *rest: Any) -> Any:
+        if not isinstance(numbers, range):  # that is what evaluations give
+            found.extend(numbers)
+        return inner(self, numbers, inputs, *rest)
+
+    monkeypatch.setattr(DirectTeacher, "targets", targets)
+    return found
+
+
+def stopped(whole: Run, folder: Path) -> Path:
+    """The run as it was after its first checkpoint."""
+    shutil.copytree(whole.path, folder)
+    for path in sorted((folder / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(path)
+    return folder
+
+
+def test_from_a_cache_resumed_equals_uninterrupted(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SCHEDULES, "training.save_every=5", "training.log_every=3"]
+    chosen = config(tmp_path, teacher, *words)
+    caches = teaching.prepare(
+        [chosen, config(tmp_path, teacher, *words, "teacher.topk=7")], here=True
+    )
+    cached = teaching.taught(chosen, caches)
+    assert cached.teacher.mode == "cached"
+    whole = train(cached)
+    assert len({r["temperature"] for r in whole.metrics if "temperature" in r}) > 2
+    monkeypatch.setattr(
+        models, "load", None
+    )  # from here on nobody is loaded, for evaluations either
+    again = train(cached, resume=stopped(whole, tmp_path / "stopped"))
+    assert again.latest is not None
+    assert whole.latest is not None
+    assert state_of(again.latest) == state_of(whole.latest)
+    assert timeless(again.path) == timeless(whole.path)
+    kept = [r for r in again.metrics if "val_teacher_kl" in r]
+    assert len(kept) == 3
+
+
+def test_what_is_recorded_is_not_asked_again(
+    teacher: Path, tmp_path: Path, asked: list[int]
+) -> None:
+    """Stopped at any step, the next run, or the same one resumed, goes on with the cache."""
+    words = ["teacher.cache_logits=true", f"teacher.cache={tmp_path / 'cache'}"]
+    words += ["training.save_every=4", "training.eval_every=100"]
+    first = train(config(tmp_path, teacher, *words, "training.max_steps=4"))
+    before = asked.copy()
+    assert len(before) == len(set(before)) == 4 * 4
+    train(config(tmp_path, teacher, *words, "training.max_steps=6"))
+    assert len(asked) == len(set(asked)) == 6 * 4
+    train(config(tmp_path, teacher, *words, "training.max_steps=8"), resume=first.path)
+    assert len(asked) == len(set(asked)) == 8 * 4
+
+
+@pytest.mark.parametrize("change", ["teacher", "precision", "question"])
+def test_a_cache_is_not_mixed(teacher: Path, tmp_path: Path, change: str) -> None:
+    words = ["teacher.cache_logits=true", f"teacher.cache={tmp_path / 'cache'}"]
+    words += ["training.max_steps=2", "training.save_every=2", "training.eval_every=100"]
+    first = train(config(tmp_path, teacher, *words))
+    words += ["training.max_steps=4"]
+    other, said = teacher, {"precision": "another precision", "question": "it holds"}.get(change)
+    if change == "teacher":
+        other, said = helpers_distill.teacher_in(tmp_path, seed=9), "another teacher"
+    words += {"precision": ["precision=bfloat16"], "question": ["objective.temperature=3"]}.get(
+        change, []
+    )
+    with pytest.raises(DataError, match=said):
+        train(config(tmp_path, other, *words), resume=first.path)
