@@ -3,9 +3,10 @@
     text ... The password for anchor is copper window. ... text  The password for anchor is ->
 
 The answer is generated, greedily and from the state alone, and compared exactly. Small models
-seldom say two rare words right, so beside it stands what they would have chosen among all words of
-the needles, and how much likelier the right words are than without the needle: nats gained, 0 for a
-model that forgot it, whatever else it knows. Nothing here needs a teacher.
+seldom say two rare words right, so two figures beside it compare the same question with and without
+the needle: which of all words of needles it made likelier than any other, and by how many nats it
+made the answer likelier. A model that forgot the needle chooses by chance and gains nothing,
+whatever else it knows. None of this needs a teacher.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from thimble.tokens.packing import beginning
 from thimble.tokens.tokenizer import Tokenizer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TRIALS = 16  # of each depth and length
+TRIALS = 20  # of each depth and length
 WORDS = 64  # that needles are made of
 FEWEST = 8
+LOOKED_AT = 20  # places of a word
 ANSWER = 2  # words
 WORD = re.compile(r"\s[a-z]{3,16}")
 ASKED = "\nThe password for"
@@ -50,10 +52,10 @@ class Needles:
 
     @property
     def shortest(self) -> int:
-        """Tokens of the shortest context, with as much text as needle."""
+        """Tokens of the shortest context, its answer included, with as much text as needle."""
         needle = len(self.asked) + len(self.said) + 1 + ANSWER + len(self.end)
         question = len(self.asked) + 1 + len(self.said)
-        return len(self.begin) + 2 * needle + question
+        return len(self.begin) + 2 * needle + question + ANSWER
 
 
 def make(tokens: np.ndarray, tokenizer: Tokenizer) -> Needles:
@@ -62,14 +64,21 @@ def make(tokens: np.ndarray, tokenizer: Tokenizer) -> Needles:
     The words are of the text, so a model has met them; they are taken out of it, so that there is
     one answer.
     """
-    ids, counts = np.unique(tokens, return_counts=True)
     asked, said = tokenizer.encode(ASKED), tokenizer.encode(IS)
-    before = tokenizer.decode(said)
+    before = len(tokenizer.decode(said))
+
+    def spelled(index: int) -> str:
+        return tokenizer.decode([*said, index])[before:]
+
+    ids, counts = np.unique(tokens, return_counts=True)
     found = []
     for index in ids[np.argsort(-counts, kind="stable")].tolist():
-        text = tokenizer.decode([*said, index])[len(before) :]
-        # A word that is the same token behind whatever stands there.
-        if WORD.fullmatch(text) and tokenizer.encode(IS + text) == [*said, index]:
+        text = spelled(index)
+        if not WORD.fullmatch(text) or tokenizer.encode(IS + text) != [*said, index]:
+            continue
+        # A word, not the beginning of one: what follows it in the text is no letter.
+        after = tokens[np.flatnonzero(tokens[:-1] == index)[:LOOKED_AT] + 1]
+        if sum(spelled(other)[:1].isalpha() for other in after.tolist()) <= len(after) // 10:
             found.append(index)
     if len(found) < FEWEST:
         raise DataError(
@@ -98,15 +107,16 @@ def usual_lengths(needles: Needles, length: int) -> Sequence[int]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Contexts [B, length] and right answers [B, ANSWER]."""
+    """Contexts [B, length - ANSWER] and right answers [B, ANSWER]."""
 
     contexts: np.ndarray
     answers: np.ndarray
 
 
 def trials(needles: Needles, length: int, depth: float | None, count: int = TRIALS) -> Rows:
-    """``count`` contexts of ``length`` tokens with their needle at ``depth`` of the text, 0 at its
-    beginning; None: without. A trial has the same text and question at every depth.
+    """``count`` contexts of ``length`` tokens, answer included, with their needle at ``depth`` of
+    the text, 0 at its beginning; None: without. A trial has the same text and question at every
+    depth.
 
     Raises ConfigError for a length in which needle and question have no room.
     """
@@ -123,7 +133,7 @@ def trials(needles: Needles, length: int, depth: float | None, count: int = TRIA
         fact = [*needles.asked, key, *needles.said, *words, *needles.end]
         question = [*needles.asked, key, *needles.said]
         hidden = fact if depth is not None else []
-        size = length - len(needles.begin) - len(hidden) - len(question)
+        size = length - ANSWER - len(needles.begin) - len(hidden) - len(question)
         text = needles.text.take(np.arange(start, start + size), mode="wrap").tolist()
         place = round((depth or 0.0) * size)
         contexts.append([*needles.begin, *text[:place], *hidden, *text[place:], *question])
@@ -141,43 +151,49 @@ def search(
 ) -> dict[str, Any]:
     """All depths and ``lengths`` for each of the ``models``, as JSON.
 
-    Of each cell: ``accuracy`` of the generated answers, ``choice``: how often the right first word
-    is the likeliest of all words of needles (by chance ``chance``), ``nats`` gained. ``without``:
-    the same contexts without a needle, of each length. A model reads nothing beyond what it was
-    made for.
+    Of each cell: ``accuracy`` of the generated answers; ``choice``: how often the needle raised the
+    answer's first word above all other words of needles (by chance ``chance``); ``nats`` gained by
+    the needle; ``first``: a right answer and what was generated. ``without``: the accuracy of the
+    same questions without a needle, of each length. A model reads nothing beyond what it was made
+    for; those lengths are ``too_long``.
     """
-    places: list[float | None] = [*DEPTHS, None]
-    everything = sum(
-        length * trials_each * len(places)
-        for reader in models.values()
-        for length in lengths
-        if length + ANSWER <= (reader.made_for or length + ANSWER)
-    )
+    places: list[float | None] = [None, *DEPTHS]  # first what the others are held against
+    readable = {
+        name: [n for n in lengths if reader.made_for is None or n <= reader.made_for]
+        for name, reader in models.items()
+    }
+    everything = sum(map(sum, readable.values())) * trials_each * len(places)
     found: dict[str, Any] = {}
     with progress("needles", everything, "tokens") as advance:
         for name, reader in models.items():
-            cells, without, too_long = [], [], []
-            for length in lengths:
-                if reader.made_for is not None and length + ANSWER > reader.made_for:
-                    too_long.append(length)
-                    continue
-                plain: dict[str, Any] = {}
-                for depth in reversed(places):  # first without, which the others are held against
+            cells, without = [], []
+            for length in readable[name]:
+                plain: dict[str, np.ndarray] = {}
+                for depth in places:
                     rows = trials(needles, length, depth, trials_each)
                     scores = _scores(reader, rows, needles.words)
-                    advance(rows.contexts.size)
-                    figures = {"accuracy": float(scores["right"].mean())}
-                    figures["choice"] = float(scores["chosen"].mean())
+                    advance(trials_each * length)
+                    accuracy = float(scores["right"].mean())
                     if depth is None:
                         plain = scores
-                        without.append({"length": length, **figures})
+                        without.append({"length": length, "accuracy": accuracy})
                         continue
-                    gained = plain["nats"] - scores["nats"]
-                    figures["nats"] = float(gained.mean())
-                    texts = [tokenizer.decode(rows.answers[0]), scores["generated"][0]]
-                    texts[1] = tokenizer.decode(texts[1])
-                    cells.append({"length": length, "depth": depth, **figures, "first": texts})
-            cells.sort(key=lambda cell: (cell["length"], cell["depth"]))
+                    raised = (scores["words"] - plain["words"]).argmax(-1)
+                    chosen = needles.words[raised] == rows.answers[:, 0]
+                    cells.append(
+                        {
+                            "length": length,
+                            "depth": depth,
+                            "accuracy": accuracy,
+                            "choice": float(chosen.mean()),
+                            "nats": float((plain["nats"] - scores["nats"]).mean()),
+                            "first": [
+                                tokenizer.decode(ids[0].tolist())
+                                for ids in (rows.answers, scores["generated"])
+                            ],
+                        }
+                    )
+            too_long = [n for n in lengths if n not in readable[name]]
             found[name] = {"cells": cells, "without": without, "too_long": too_long}
     return {
         "lengths": list(lengths),
@@ -188,22 +204,24 @@ def search(
     }
 
 
-def _scores(reader: Reader, rows: Rows, words: np.ndarray) -> dict[str, Any]:
-    """Of each row whether the answer is right, whether its first word is chosen, its nats, ids."""
+def _scores(reader: Reader, rows: Rows, words: np.ndarray) -> dict[str, np.ndarray]:
+    """Of each row what was generated, whether it is right, the nats of the right answer, and the
+    logits of all ``words`` where the first one belongs."""
     size = max(BATCH_TOKENS // rows.contexts.shape[1], 1)
     pool = torch.from_numpy(words).to(reader.device)
-    parts: dict[str, list[Any]] = {"right": [], "chosen": [], "nats": [], "generated": []}
+    parts: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(rows.contexts), size):
         here = slice(start, start + size)
         context, right = (
             torch.from_numpy(x[here]).to(reader.device) for x in (rows.contexts, rows.answers)
         )
         said = answer(reader, context, right)
-        chosen = pool[said.first[:, pool].argmax(-1)]
-        parts["right"].append((said.generated == right).all(-1).cpu())
-        parts["chosen"].append((chosen == right[:, 0]).cpu())
-        parts["nats"].append(said.nats.double().cpu())
-        parts["generated"].append(said.generated.cpu())
-    joined = {name: torch.cat(each).numpy() for name, each in parts.items()}
-    joined["generated"] = joined["generated"].tolist()
-    return joined
+        of_part = {
+            "generated": said.generated,
+            "right": (said.generated == right).all(-1),
+            "nats": said.nats.double(),
+            "words": said.first[:, pool].log_softmax(-1),
+        }
+        for name, values in of_part.items():
+            parts.setdefault(name, []).append(values.cpu())
+    return {name: torch.cat(each).numpy() for name, each in parts.items()}

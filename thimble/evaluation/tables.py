@@ -24,8 +24,8 @@ DOCUMENTED = "accuracy", "exact_accuracy", "lm_loss", "q_halt_accuracy", "q_halt
 
 NEEDLE_FIGURES = {
     "accuracy": "needles found, by depth",
-    "choice": "right first word, by depth",
-    "nats": "nats gained by the needle",
+    "choice": "first word raised most",
+    "nats": "nats gained",
 }
 
 
@@ -81,7 +81,8 @@ def needle_tables(evaluation: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
     for name, found in needle["models"].items():
         for figure, title in NEEDLE_FIGURES.items():
             head = [f"{name}: {title}", *(f"{depth:.0%}" for depth in needle["depths"])]
-            head += ["no needle"] * (figure != "nats")
+            other = {"accuracy": "no needle", "choice": "by chance"}.get(figure)
+            head += [other] if other else []
             rows = []
             for row in found["without"]:
                 length = row["length"]
@@ -89,7 +90,7 @@ def needle_tables(evaluation: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
                 if figure == "nats":
                     rows.append([f"{length:,} tokens", *(f"{value:+.2f}" for value in cells)])
                 else:
-                    shares = [*cells, row[figure]]
+                    shares = [*cells, row.get(figure, needle["chance"])]
                     rows.append([f"{length:,} tokens", *(f"{value:.0%}" for value in shares)])
             made.append((head, rows))
     return made

@@ -62,7 +62,7 @@ EVERY_RUN: list[Curve] = [
     ("throughput", "Tokens per second", [("tokens_per_second", "")], 1.0),
     ("memory", "Peak memory (GiB)", [("memory_bytes", "")], 2**-30),
 ]
-SHARES = ("accuracy", "exact_accuracy", "q_halt_accuracy")
+SHARES = ("accuracy", "exact_accuracy", "q_halt_accuracy", "teacher_agreement")
 
 
 def recursive_curves(per_sequence: bool) -> list[Curve]:
@@ -116,7 +116,7 @@ def curve_charts(
             continue
         if name in ("perplexity", "grad_norm"):
             axes.set_yscale("log")
-        if name in ("throughput", "memory", "steps"):
+        if name in ("throughput", "memory", "steps", "calibration_error", "mix"):
             axes.set_ylim(bottom=0)
         if name in SHARES:
             axes.set_ylim(0, 1.02)
@@ -190,10 +190,16 @@ def comparison_chart(
     return finish("comparison", f"{title} against computation", figure)
 
 
-def _axes() -> tuple[Figure, Any]:
+def axes(columns: int) -> tuple[Figure, Any]:
+    """A figure with so many axes beside each other, as an array [columns]."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
-        return figure, figure.subplots()
+        return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _axes() -> tuple[Figure, Any]:
+    figure, (one,) = axes(1)
+    return figure, one
 
 
 def _rungs(axes: Any, rungs: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ from thimble.config.load import load_run
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, ThimbleError
+from thimble.report import students
 from thimble.report.charts import LOSS, Chart, curve_charts, ladder_chart, recursive_curves
 from thimble.tokens.shards import corpus_of
 from thimble.training.run import RunFolder, told_underway
@@ -56,8 +57,9 @@ def report(path: str | Path) -> Report:
     evaluation = _evaluation(run, missing)
     attempts = _read(run.path / "attempts.json", None, missing) or []
     rungs = {rung["name"]: rung["bits_per_byte"] for rung in (acceptance or {}).get("ladder", [])}
-    first = recursive_curves(config.objective.per_sequence) if recursive else LOSS
+    first = recursive_curves(config.objective.per_sequence) if recursive else LOSS + students.CURVES
     charts = list(curve_charts(training, evaluations, events, rungs, first))
+    charts = [*students.charts(evaluation), *charts]
     section = None
     if recursive:
         from thimble.report.recursion import gather
@@ -85,6 +87,7 @@ def report(path: str | Path) -> Report:
         facts=facts,
         acceptance=acceptance,
         evaluation=evaluation,
+        saddles=students.saddles(events),
         attempts=[_attempt(attempt) for attempt in attempts],
         charts=charts,
         samples=_samples(run),
