@@ -90,22 +90,38 @@ def build_tokens(
         find_corpus(corpus),
         output=Path(output) if output else None,
         vocab_size=vocab_size or 4096,
-        tokenizer=tokenizer,
+        tokenizer=_of_run(tokenizer),
         workers=workers,
     )
 
 
 def pack_tokens(
-    source: PathLike, output: PathLike, *, max_seq_length: int = 8192, **options: Any
+    source: PathLike,
+    output: PathLike,
+    *,
+    max_seq_length: int = 8192,
+    tokenizer: str | None = None,
+    **options: Any,
 ) -> Packed:
     """Pack text files, JSONL and parquet into chunks of one length, as parquet; returns the counts.
 
-    ``options``: ``recursive``, ``tokenizer``, ``val_ratio``, ``skip_existing``, ``force``,
-    ``workers``, as in ``thimble.tokens.packing.pack``.
+    ``tokenizer``: folder, file, run or name on the hub; default $LLAMA_TOKENIZER, or Llama 3.2.
+    ``options``: ``recursive``, ``val_ratio``, ``skip_existing``, ``force``, ``workers``, as in
+    ``thimble.tokens.packing.pack``.
     """
     from thimble.tokens.packing import pack
 
-    return pack(source, output, max_seq_length=max_seq_length, **options)
+    tokenizer = _of_run(tokenizer)
+    return pack(source, output, max_seq_length=max_seq_length, tokenizer=tokenizer, **options)
+
+
+def _of_run(tokenizer: str | None) -> str | None:
+    """A run of ours has its tokenizer in its checkpoints."""
+    if tokenizer is None or not (Path(tokenizer) / "checkpoints").is_dir():
+        return tokenizer
+    from thimble.training.checkpoint import resolve
+
+    return str(resolve(tokenizer))
 
 
 def build_conversations(

@@ -394,9 +394,10 @@ PAGE = (Path(__file__).parents[2] / "docs" / "commands.md").read_text(encoding="
 
 
 PLAYBOOK = (Path(__file__).parents[2] / "docs" / "recursive.md").read_text(encoding="utf-8")
+STUDENTS = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text(encoding="utf-8")
 COMMANDS = {
     line
-    for page in (PAGE, PLAYBOOK)
+    for page in (PAGE, PLAYBOOK, STUDENTS)
     for found in re.findall(r"`thimble ([a-z][^`]*)`|^thimble ([a-z].*)$", page, re.MULTILINE)
     for line in found
     if line
@@ -433,6 +434,26 @@ def test_every_key_of_the_old_playbook_is_understood() -> None:
     for ours in {word for row in rows for word in re.findall(r"`([^`]+)`", row[1])}:
         if re.match(r"[a-z]+[a-zA-Z_.]*=", ours):
             load("instruct_slimorca", ours.split())
+
+
+def test_every_key_of_the_old_quickstart_is_understood() -> None:
+    """Theirs, also as options, give what ours beside them give."""
+    table = STUDENTS.partition("## Keys")[2].partition("## What")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    beside = {"teacher.url": ["teacher.mode=served", "objective.temperature=1"]}
+    for row in rows:
+        theirs, ours = (re.findall(r"`([^`=]+=[^`]+)`", cell) for cell in row[:2])
+        assert len(theirs) == len(ours)
+        for word, key in zip(theirs, ours, strict=True):
+            name, _, value = word.partition("=")
+            more = ["teacher.path=M", *beside.get(key.partition("=")[0], [])]
+            more += ["teacher.url=http://localhost:1", "objective.temperature=1"] * (
+                value == "network"
+            )
+            wanted = load("distill_direct", [*more, key])
+            assert load("distill_direct", [*more, word]) == wanted
+            assert load("distill_direct", [*more, f"--{name.replace('_', '-')}", value]) == wanted
+    assert len(rows) > 10
 
 
 VALUES = {"dataset.data_dir": "x", "arch.halt_exploration_prob": "0.1", "arch.L_cycles": "2"} | {

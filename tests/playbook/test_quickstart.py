@@ -206,6 +206,9 @@ def test_every_line_of_the_quickstart(
     Path("data/distillation/more.jsonl").write_bytes(more)
     again = run(PACK)
     assert (again["inputs made"], again["inputs unchanged"]) == (1, 4)
+    mine = "tokens pack --input data/distillation --output mine --recursive --tokenizer RUN"
+    run(mine.replace("RUN", merged["run"]), "--max-seq-length", str(LENGTH))
+    assert load_tokenizer("mine").fingerprint == load_tokenizer("llama").fingerprint
     old = [*TINY, *paths, "cache_dir=data/teacher_cache", "teacher_topk=16"]
     assert "of other data" in run("train distill_cached", *old, status=5)["error"]
 

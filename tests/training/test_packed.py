@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from tests import helpers_distill, helpers_training
 from tests.helpers_distill import config
-from tests.helpers_training import WINDOW, state_of, timeless
+from tests.helpers_training import WINDOW, state_of, timeless, token_directory
 from thimble import api
 from thimble.errors import DataError
 from thimble.models import interop
@@ -20,6 +21,7 @@ from thimble.teachers import open_examples
 from thimble.teachers.fill import fill
 from thimble.tokens.packed import PackedChunks
 from thimble.tokens.packed_text import PackedText
+from thimble.tokens.packing import pack
 from thimble.tokens.tokenizer import load_tokenizer
 from thimble.training import plan, train
 from thimble.training.data import open_data
@@ -134,3 +136,25 @@ def test_the_plan_and_another_length(packed: Path, tmp_path: Path) -> None:
     assert found.examples == open_data(chosen).count
     with pytest.raises(DataError, match="max-seq-length 8"):
         open_data(config(tmp_path, None, f"data.path={packed}", "training.sequence_length=8"))
+
+
+def test_another_folder_to_judge_by(packed: Path, tmp_path: Path) -> None:
+    lines = (packed.parent / "in" / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join([*lines[:20], '{"text": "the kernel loads once"}\n']))
+    words = {"tokenizer": token_directory(), "max_seq_length": WINDOW, "val_ratio": 0, "workers": 1}
+    pack(tmp_path / "b.jsonl", tmp_path / "other", **words)
+    chosen = config(tmp_path, None, f"data.path={packed}", f"data.val_path={tmp_path / 'other'}")
+    held_out = open_data(chosen, "val")
+    assert held_out.directory == tmp_path / "other"
+    trained_on = PackedChunks(packed).document_hashes()
+    batch = held_out.rows(np.arange(len(held_out)))
+    known = np.intersect1d(held_out.document_hashes(), trained_on)
+    assert len(known)
+    # What is trained on counts nowhere.
+    alone = PackedChunks(tmp_path / "other", None).rows(np.arange(len(held_out)))
+    assert 0 < (batch.labels != -100).sum() < (alone.labels != -100).sum()
+    same = config(tmp_path, None, f"data.path={packed}", f"data.val_path={packed}")
+    assert open_data(same, "val").count == PackedChunks(packed, "val").count
+    # Made anew, it is read anew.
+    pack(tmp_path / "b.jsonl", tmp_path / "other", **(words | {"val_ratio": 0.5}))
+    assert open_data(chosen, "val") is not held_out

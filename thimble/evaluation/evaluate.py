@@ -297,6 +297,11 @@ def open_checkpoint(
         manifest = artifacts.read_json(directory / artifacts.MANIFEST)
         data = students.open_rows(config.data.folder, split, length, notes)
         check_trained_on(data, directory, manifest)
+        if config.data.val_path not in (None, config.data.path):
+            notes.append(
+                f"Training looked at {config.data.val_path}; this is what {config.data.path} holds "
+                f"out. For the former: --tokens {config.data.val_path}"
+            )
     elif tokens is not None:
         data = students.open_rows(tokens, split, length, notes)
         notes.append(f"Whether {directory} was trained on text of {tokens} is not known here.")

@@ -82,7 +82,10 @@ class TeacherCache:
         self._files: dict[int, int] = {}
         index = self.directory / INDEX
         if not index.is_file() or index.stat().st_size != 8 * self.count:
-            raise DataError(f"{index} is missing or cut off. Make the cache again.")
+            raise DataError(
+                f"{index} is missing or cut off, so nobody knows what is there. Remove the folder "
+                f"and make the cache again with:\n  {MAKE} -o {directory}"
+            )
         self.index = np.memmap(index, dtype="<u8", mode="r+", shape=(self.count,))
 
     @classmethod

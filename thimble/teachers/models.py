@@ -25,6 +25,7 @@ from thimble.console import log, unlogged
 from thimble.errors import DataError, EnvironmentProblem
 from thimble.models.interop import PICKLED
 from thimble.objectives.sparse_targets import Finish
+from thimble.snapshot import fetch
 from thimble.teachers.examples import Examples
 from thimble.tokens.tokenizer import PROBE, Tokenizer, load_tokenizer
 from thimble.training import checkpoint
@@ -80,23 +81,8 @@ def find(name: str | Path) -> Path:
         return checkpoint.resolve(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith((".", "/")):
         raise DataError(f"There is no model at {name}, and it is not a name of the hub (who/what).")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=wanted))
-    except GatedRepoError as error:
-        raise EnvironmentProblem(
-            f"{name} is given only to those who accepted its licence. Accept it at "
-            f"https://huggingface.co/{name}, then log in with `hf auth login`, or set HF_TOKEN."
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EnvironmentProblem(
-            f"There is no folder {name}, and the model of that name could not be fetched from the "
-            f"Hugging Face hub: {reason}"
-        ) from error
+    return fetch(str(name), "model", wanted)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -193,7 +179,10 @@ def merged(model: Any, adapter: Path) -> Any:
     """The model with the adapter's change added to its weights."""
     peft = import_peft()
     if not (adapter / "adapter_config.json").is_file():
-        raise DataError(f"There is no adapter at {adapter}: it has no adapter_config.json.")
+        raise DataError(
+            f"There is no adapter at {adapter}: it has no adapter_config.json. `thimble teacher "
+            "finetune` writes one as the folder `adapter`."
+        )
     weight_files(adapter)
     try:
         return peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
@@ -301,7 +290,9 @@ def check_fits(loaded: LoadedModel, examples: Examples) -> None:
     if loaded.context is not None and examples.length > loaded.context:
         raise DataError(
             f"The teacher {loaded.folder} reads at most {loaded.context:,} tokens, the rows of "
-            f"{examples.directory} have {examples.length:,}. Use rows of at most that length."
+            f"{examples.directory} have {examples.length:,}. Use shorter ones: "
+            f"training.sequence_length={loaded.context}, of chunks also "
+            f"`thimble tokens pack --max-seq-length {loaded.context}`."
         )
 
 

@@ -284,7 +284,9 @@ class ServedTeacher:
         ):
             raise EnvironmentProblem(
                 f"{self.server.url} serves {', '.join(served) or 'nothing'}"
-                + (f", not {model}." if model else ". Say which one is the teacher.")
+                + (f", not {model}" if model else "")
+                + ". Say which one is the teacher:\n  teacher.path=NAME (thimble teacher cache: "
+                "--served-model NAME)"
             )
         name = model or next(iter(served))
         return name, served[name]

@@ -100,7 +100,8 @@ class PackedChunks:
         if length not in (None, self.length):
             raise DataError(
                 f"{self.directory} has chunks of {self.length:,} tokens, not of {length:,}. Pack "
-                f"the text again:\n  {MAKE} --max-seq-length {length}"
+                f"the text again, or take the chunks as they are:\n  {MAKE} --max-seq-length "
+                f"{length}\n  training.sequence_length={self.length}"
             )
         self._open([f"{name}-" for name in ([split] if split else SPLITS)])
         if not self.count:

@@ -147,7 +147,10 @@ def pack(
 def find(source: Path, recursive: bool) -> list[Unit]:
     """What is in ``source``, in the order of the names."""
     if not source.exists():
-        raise DataError(f"{source} does not exist.")
+        raise DataError(
+            f"{source} does not exist. Name a folder or file of JSONL or parquet, such as "
+            "`thimble data download --plan poc` leaves in data/distillation."
+        )
     source = source.resolve()
     if source.is_file() or recursive:
         files = local.find([source])

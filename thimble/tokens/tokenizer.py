@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from thimble import artifacts
-from thimble.errors import DataError, EnvironmentProblem
+from thimble.errors import DataError
+from thimble.snapshot import fetch
 from thimble.tokens import shards
 
 END_OF_TEXT, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unk|>"
@@ -324,16 +325,6 @@ def _from_older_files(folder: Path, config: dict[str, Any]) -> HuggingFaceTokeni
 
 
 def _download(name: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     wanted = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
     older = ["special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"]
-    try:
-        return snapshot_download(name, allow_patterns=wanted + older)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EnvironmentProblem(
-            f"There is no folder {name}, and the tokenizer of that name could not be fetched from "
-            f"the Hugging Face hub: {reason}"
-        ) from error
+    return str(fetch(name, "tokenizer", wanted + older))

@@ -20,6 +20,7 @@ import torch
 from thimble import artifacts
 from thimble.config import load as configuration
 from thimble.config.describe import as_override
+from thimble.config.model import ModelConfig
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError
@@ -182,11 +183,9 @@ def begin_with(model: CausalLM | RecursiveLM, path: str) -> None:
     if other_puzzles:
         found = found.model_copy(update={"puzzle_identifiers": now})
     if found != wanted:
-        theirs, ours = found.model_dump(), wanted.model_dump()
-        keys = [f"model.{k}={as_override(v)}" for k, v in theirs.items() if ours[k] != v]
         raise DataError(
             f"{directory} holds another model than the one configured, so it cannot begin with "
-            f"its weights. Use the model keys it was trained with:\n  {' '.join(keys)}"
+            f"its weights. Use the model keys it was trained with:\n  {keys_of(found, wanted)}"
         )
     tensors = interop.read_tensors(directory)
     if other_puzzles:
@@ -196,6 +195,12 @@ def begin_with(model: CausalLM | RecursiveLM, path: str) -> None:
     if other_puzzles:
         counts = f"{before:,}", f"{now:,}"
         log.info("it had learned %s puzzles, these are %s: each begins as their mean", *counts)
+
+
+def keys_of(found: ModelConfig, wanted: ModelConfig) -> str:
+    """The keys in which a model differs from another one, as one would give them."""
+    theirs, ours = found.model_dump(), wanted.model_dump()
+    return " ".join(f"model.{k}={as_override(v)}" for k, v in theirs.items() if ours[k] != v)
 
 
 def restore(
@@ -209,10 +214,11 @@ def restore(
     The optimizer's rates and decays stay those of the configuration at hand: one given on resume is
     the one used.
     """
-    if interop.read_config(directory) != model.config:
+    found = interop.read_config(directory)
+    if found != model.config:
         raise DataError(
-            f"{directory} holds another model than the one configured; resume with the model keys "
-            "it was trained with."
+            f"{directory} holds another model than the one configured. Resume with the model keys "
+            f"it was trained with:\n  {keys_of(found, model.config)}"
         )
     full = interop.new_model(model.config) if sharding.is_sharded(model) else model
     interop.load_native_tensors(full, interop.read_tensors(directory), directory)

@@ -107,16 +107,30 @@ def _kind(folder: str) -> str | None:
 
 
 def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
+    from thimble.tokens import packed, shards
     from thimble.tokens.packed import PackedChunks
     from thimble.tokens.packing import KIND
     from thimble.tokens.shards import TokenSplit
 
     folder, other = config.data.folder, config.data.val_path
     data: TokenSplit | PackedChunks
+    if (Path(folder) / artifacts.MANIFEST).is_file() and _kind(folder) is None:
+        raise DataError(
+            f"{folder} is the work of another program. Pack its texts, as JSONL or parquet, again:"
+            f"\n  {packed.MAKE}"
+        )
+    if not Path(folder).exists():
+        raise DataError(
+            f"There are no tokens at {folder}. Make them of a corpus, or of JSONL files:\n"
+            f"  {shards.MAKE}\n  {packed.MAKE}"
+        )
     if _kind(folder) == KIND:
         length = config.training.sequence_length
         if split == "val" and other is not None:
-            data = _held_out(folder, other, config.seed, length)
+            paths = [str(Path(path).resolve()) for path in (folder, other)]
+            found = [artifacts.read_manifest(path, KIND, make=packed.MAKE) for path in paths]
+            marks = tuple(manifest["fingerprint"] for manifest in found)
+            data = _held_out(paths[0], paths[1], config.seed, length, marks)
         else:
             data = PackedChunks(folder, split, seed=config.seed, length=length)
     else:
@@ -131,8 +145,9 @@ def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
 
 
 @functools.lru_cache(maxsize=1)
-def _held_out(folder: str, other: str, seed: int, length: int) -> PackedChunks:
-    """Read once for all evaluations of a run, since the hashes of all documents are compared."""
+def _held_out(folder: str, other: str, seed: int, length: int, marks: tuple) -> PackedChunks:
+    """Read once for all evaluations of a run, since the hashes of all documents are compared;
+    again where the folders have changed (``marks``)."""
     from thimble.tokens.packed import train_and_validation
 
     return train_and_validation(folder, other, seed=seed, length=length)[1]

@@ -203,8 +203,8 @@ def teacher_folder(name: str) -> Path:
     if not Path(name).exists() and Path(name).parts[:1] == ("runs",):
         recipe = Path(name).name
         raise DataError(
-            f"There is no run in {name} to learn from. Train a teacher first, or name one with "
-            f"teacher.path:\n  thimble train {recipe}"
+            f"There is no run in {name} to learn from. Train a teacher on the same data.path "
+            f"first, or name one with teacher.path:\n  thimble train {recipe} data.path=..."
         )
     return find(name)
 
