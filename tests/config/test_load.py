@@ -69,6 +69,7 @@ def test_specification_settings(recipe: str) -> None:
         "weight_decay": 0.1,
         "grad_clip": 1.0,
         "warmup_steps": 2000,
+        "plateau_steps": 0,
         "min_lr_ratio": 0.1,
         "ema_rate": None,
         "puzzle_emb_lr": 0.01,
@@ -100,7 +101,6 @@ def test_every_misspelt_key_is_answered_with_a_line_that_works(nano: Path, key: 
         ("optim.lr", "optim.learning_rate"),
         ("model.learning_rate", "optim.learning_rate"),
         ("learning-rate", "optim.learning_rate"),
-        ("max_steps", "training.max_steps"),
         ("batch_size", "training.micro_batch_size"),
         ("trainig.max_steps", "training.max_steps"),
         ("layers", "model.num_hidden_layers"),
@@ -340,7 +340,7 @@ def test_a_broken_configuration_file_is_named(
 
 def test_an_unknown_key_in_a_file_is_answered_with_the_nearest(tmp_path: Path) -> None:
     save(load("slm_nano"), tmp_path / "config.yaml")
-    text = (tmp_path / "config.yaml").read_text().replace("warmup_steps", "warm_up_steps")
+    text = (tmp_path / "config.yaml").read_text().replace("\n  warmup_steps", "\n  warm_up_steps")
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_run(tmp_path)

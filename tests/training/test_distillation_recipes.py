@@ -100,7 +100,10 @@ def test_direct_then_cached(teacher: Path, tmp_path: Path) -> None:
     assert run.status == "finished"
 
 
-def test_the_newest_run_of_a_recipe_is_a_teacher(teacher: Path, tmp_path: Path) -> None:
+def test_the_newest_run_of_a_recipe_is_a_teacher(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs"
     for name in ("20260101-000000-aaaaaa", "20260102-000000-bbbbbb"):
         (runs / name / "checkpoints").mkdir(parents=True)

@@ -380,3 +380,10 @@ def test_conversations_are_not_sharded(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="data_parallel=ddp"):
         helpers.trainer(config)
+
+
+def test_the_panel_knows_what_counting_comes_to(tmp_path: Path) -> None:
+    baselines = recursion(helpers.trainer(helpers.instruct(tmp_path))).baselines()
+    assert list(baselines) == ["unigram", "bigram"]
+    assert baselines["unigram"] > baselines["bigram"] > 0
+    assert recursion(helpers.trainer(helpers.puzzle(tmp_path))).baselines() == {}

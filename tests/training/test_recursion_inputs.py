@@ -18,9 +18,6 @@ from tests import helpers_playbook as playbook
 from tests.helpers_cli import Answer, Command
 from tests.helpers_recursion import puzzle_directory
 from tests.helpers_training import token_directory
-from thimble.config.load import load
-from thimble.errors import ConfigError
-from thimble.training.data import ready
 
 TRAIN = ["train", "instruct_slimorca", *playbook.SMALL, "global_batch_size=8"]
 FILE = "dataset.name=talk.jsonl"
@@ -254,12 +251,11 @@ def test_data_of_another_kind(command: Command, run: str) -> None:
     answer = command("train", "puzzle_sudoku", f"data.path={talk}", *PUZZLES)
     assert answer.status == 2
     assert "holds conversations" in answer.err
+    answer = command(
+        "train", "puzzle_sudoku", "model.causal=true", "model.puzzle_identifiers=0", *PUZZLES
+    )
+    assert answer.status == 2
+    assert "holds puzzles" in answer.err
     answer = command(*TRAIN, "dataset.name=null", f"data.path={token_directory()}")
     assert answer.status == 5
     assert "holds tokens" in answer.err
-
-
-def test_a_mixer_without_checkpoints_is_refused_before_anything_is_trained() -> None:
-    overrides = ["model.mixer=retention", "model.num_key_value_heads=3"]
-    with pytest.raises(ConfigError, match="no form for checkpoints yet"):
-        ready(load("slm_nano", overrides))

@@ -41,8 +41,8 @@ def poison_batch(config: Config, place: int, monkeypatch: pytest.MonkeyPatch) ->
     bad = torch.from_numpy(windows.batch(place, 1)[0])
     inner = NextToken.forward
 
-    def forward(self: NextToken, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = inner(self, inputs, targets)
+    def forward(self: NextToken, inputs: torch.Tensor, *others: Any) -> torch.Tensor:
+        loss = inner(self, inputs, *others)
         return loss * float("nan") if (inputs == bad).all(1).any() else loss
 
     monkeypatch.setattr(NextToken, "forward", forward)
@@ -90,13 +90,13 @@ def test_windows_that_are_skipped_are_not_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places: list[int] = []
-    inner = Windows.batch
+    inner = Windows.order
 
-    def batch(self: Windows, seen: int, size: int) -> Any:
+    def order(self: Windows, seen: int, size: int) -> Any:
         places.extend(range(seen, seen + size))
         return inner(self, seen, size)
 
-    monkeypatch.setattr(Windows, "batch", batch)
+    monkeypatch.setattr(Windows, "order", order)
     skip = "training.skip_windows=[[40,48],[8,12],[12,16]]"
     train(helpers.config(tmp_path, "training.micro_batch_size=2", skip))
     assert places == [*range(8), *range(16, 40), *range(48, 64)]

@@ -54,6 +54,12 @@ def test_no_saddle_where_there_is_none(loss: Any) -> None:
     assert not events(SaddleWatch(SaddleConfig()), series)
 
 
+def test_a_rate_that_has_come_to_rest_is_no_saddle() -> None:
+    rested = SaddleWatch(SaddleConfig())
+    assert not any(rested.observe(*entry, rate=0.05) for entry in stuck_run())
+    assert events(SaddleWatch(SaddleConfig()), stuck_run())
+
+
 def test_a_steep_plateau_is_no_saddle() -> None:
     series = [(step, loss, 2.0) for step, loss, _ in stuck_run()]
     assert not events(SaddleWatch(SaddleConfig()), series)

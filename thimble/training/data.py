@@ -27,11 +27,6 @@ def ready(config: Config) -> Config:
 
     Raises DataError or ConfigError when something is missing or does not fit.
     """
-    if config.model.mixer == "retention":
-        raise ConfigError(
-            "model.mixer=retention has no form for checkpoints yet, so a run would have nothing to "
-            "keep. Models with it can be built in Python. To train:\n  model.mixer=attention"
-        )
     if config.dataset.name is not None and config.data.path is None:
         config = _tokenized(config)
     elif config.objective.name == "act" and _kind(config.data.folder) != "conversations":
@@ -149,5 +144,11 @@ def _puzzles(config: Config, split: str) -> Split:
         raise DataError(
             f"{config.data.path} holds {kind}, and objective.name=act learns from conversations or "
             "puzzles. For these data:\n  objective.name=next_token model.schedule=once"
+        )
+    if config.model.causal:
+        raise ConfigError(
+            f"{config.data.path} holds puzzles, whose answer stands in the places of the question: "
+            "a model with model.causal=true fills each in before it has seen the rest. Use:\n"
+            "  model.causal=false"
         )
     return Split(config.data.folder, split)

@@ -25,8 +25,7 @@ from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, GuardStop, Interrupted
 from thimble.models import interop
-from thimble.tokens.tokenizer import load_tokenizer
-from thimble.training import checkpoint, devices, guards, sharding
+from thimble.training import beginning, checkpoint, devices, guards, sharding
 from thimble.training.data import open_data
 from thimble.training.distributed import Processes, ProcessFailed, data_parallel
 from thimble.training.ema import EMA
@@ -97,10 +96,7 @@ class Trainer:
         self.model = interop.new_model(config.model).initialize(generator)
         self.model.compute_dtype = devices.resolve_precision(config.precision, device)
         self.model.checkpoint_activations = config.training.checkpoint_activations
-        if config.training.load_checkpoint is not None:
-            checkpoint.begin_with(self.model, config.training.load_checkpoint)
-        if config.training.init_from_teacher:
-            self.begin_as_teacher(data)
+        beginning.with_weights(self.model, config, data)
         if config.optim.freeze_weights:
             freeze(self.model)
         # Nothing here draws from the global generators; seeded, a library below that does repeats.
@@ -111,8 +107,7 @@ class Trainer:
         if not self.sharded:
             self.model.to(device)
         self.task = make_task(config, data, self.model, device, processes, sharded=self.sharded)
-        if config.training.load_checkpoint is not None:
-            self.check_words(config.training.load_checkpoint)
+        beginning.check_words(config, self.task.tokenizer)
         self.objective: torch.nn.Module = self.task.objective
         if self.sharded:
             sharding.shard(self.objective, device, processes.count, compiled=self.task.compiled)
@@ -131,47 +126,11 @@ class Trainer:
         self.guard = guards.StepGuard(device, config.guards.max_grad_norm)
         self.state = checkpoint.TrainerState()
         self.saddle = SaddleWatch(config.saddle)
+        self.rate = 0.0  # the schedule's last factor
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.stop_request = StopRequest(several=processes.count > 1)
         self.places: dict[int, int] = {}  # in the data, before each of the last steps
-
-    def check_words(self, path: str) -> None:
-        """Refuse weights that know other words by the same ids."""
-        directory, ours = checkpoint.resolve(path), self.task.tokenizer
-        if ours is None or not any(directory.glob("tokenizer*")):
-            return
-        if load_tokenizer(directory).fingerprint != ours.fingerprint:
-            raise DataError(
-                f"{directory} was trained with another tokenizer than that of "
-                f"{self.config.data.path}: its weights would read other words. Make the data with "
-                f"the checkpoint's own:\n  dataset.tokenizer_path={directory}"
-            )
-
-    def begin_as_teacher(self, data: Any) -> None:
-        """As much of the teacher's weights as there is room for."""
-        from thimble.models.causal_lm import CausalLM
-        from thimble.models.from_teacher import begin
-        from thimble.training.distillation import teacher_folder
-        from thimble.training.rows import open_rows
-
-        config = self.config
-        directory = teacher_folder(config.teacher.path or "")
-        teacher = interop.load_model(directory)
-        if config.teacher.adapter is not None or teacher.config.mixer != "attention":
-            raise DataError(
-                f"A student can begin with the weights of a llama or mistral that is whole, not of "
-                f"{directory} with {config.teacher.adapter or 'its mixer'}. Name the merged "
-                "checkpoint with teacher.path, without teacher.adapter."
-            )
-        assert isinstance(teacher, CausalLM)
-        assert isinstance(self.model, CausalLM)
-        wanted = config.training.sequence_length
-        length = min(wanted, teacher.config.max_position_embeddings)
-        rows = open_rows(data, wanted, config.seed)
-        ids = rows.batch(0, max(1, 4096 // wanted)).inputs[:, :length]
-        begin(self.model, teacher, torch.from_numpy(ids))
-        log.info("beginning with the weights of the teacher %s", directory)
 
     # --- the step
 
@@ -197,8 +156,8 @@ class Trainer:
         self.norm = sharding.whole(norm).to(self.device)  # without gradients it is on the host
         half = self.scaler.is_enabled()
         skip = self.guard.observe(state.step, loss, self.norm, half)
-        factor = schedule(config.optim, state.step, self.task.max_steps, self.task.share(state))
-        factor *= self.saddle.factor(state.step)
+        self.rate = schedule(config.optim, state.step, self.task.max_steps, self.task.share(state))
+        factor = self.rate * self.saddle.factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.learning_rate * factor * group["lr_ratio"]
         if half:
@@ -344,7 +303,7 @@ class Trainer:
         if self.processes.main:
             self.panel.total = self.task.expected_steps(state)
             self.panel.trained(record)
-        event = self.saddle.observe(state.step, loss, norm)
+        event = self.saddle.observe(state.step, loss, norm, rate=self.rate)
         state.saddle = self.saddle.to_dict()
         if event and self.processes.main:
             self.folder.append(event)
@@ -489,7 +448,8 @@ class Trainer:
         if not self.processes.main:
             return
         former = folder.path / f"config.until-step-{state.step:06d}.yaml"
-        (folder.path / configuration.CONFIG_FILE).rename(former)
+        if not former.exists():  # else an attempt before this one came to no checkpoint
+            (folder.path / configuration.CONFIG_FILE).rename(former)
         configuration.save(self.config, folder.path / configuration.CONFIG_FILE)
         event: dict[str, Any] = {"event": "objective", "step": state.step}
         event |= {"from": before, "to": now, "former_config": former.name}

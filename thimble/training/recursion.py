@@ -21,6 +21,7 @@ from thimble.config.schema import Config
 from thimble.conversations.dataset import Conversations
 from thimble.errors import ConfigError, DataError
 from thimble.evaluation import recursive as evaluation
+from thimble.evaluation.labels import label_baselines
 from thimble.generation.sampling import generate_ids
 from thimble.models.recursive import RecursiveLM
 from thimble.objectives import act
@@ -311,7 +312,14 @@ class RecursionTask:
         return f"{asked}{said}\n(given: {given})"
 
     def baselines(self) -> dict[str, float]:
-        return {}
+        """Bits per byte of the held-out answers by models that only count."""
+        if not isinstance(self.data, Conversations):
+            return {}
+        if not self.data.examples["labelled"][self.data.split(self.held_out)].sum():
+            return {}
+        found = label_baselines(self.data, self.held_out)
+        names = {name: f"{name}_bits_per_byte" for name in ("unigram", "bigram")}
+        return {name: found[key] for name, key in names.items() if key in found}
 
     # --- checkpoints
 

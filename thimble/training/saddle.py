@@ -19,6 +19,8 @@ from thimble.config.schema import SaddleConfig
 # How much higher the rate is in the first, second, ... intervention, and for how many steps. From
 # the documents, which end there: a run that needs a fifth has another problem.
 BOOSTS = ((1.5, 50), (2.0, 50), (2.5, 75), (3.0, 100))
+# At a rate below this share of the highest a loss stands still because the schedule wants it to.
+COOLED = 0.1
 
 
 @dataclass
@@ -62,9 +64,11 @@ class SaddleWatch:
         """For the update number ``step``: 1 outside of interventions."""
         return self.state.factor if step < self.state.until else 1.0
 
-    def observe(self, step: int, loss: float, norm: float) -> dict[str, Any] | None:
+    def observe(
+        self, step: int, loss: float, norm: float, *, rate: float = 1.0
+    ) -> dict[str, Any] | None:
         """An event for the run's records, or None. ``loss``: mean since the last record; ``norm``:
-        the gradient's, before clipping."""
+        the gradient's, before clipping; ``rate``: the schedule's, as a share of its highest."""
         config, state = self.config, self.state
         ended = self._ended(step, loss)
         if state.first is None:
@@ -77,7 +81,9 @@ class SaddleWatch:
         state.window = [*before[-1:], *inside, [step, loss]]
         if ended:
             return ended
-        if not before or step < max(state.until, state.quiet) or not self._stuck(loss, norm):
+        if not before or step < max(state.until, state.quiet) or rate < COOLED:
+            return None
+        if not self._stuck(loss, norm):
             return None
         return self._found(step, loss, norm)
 
