@@ -79,7 +79,9 @@ def compare_losses(
             cells += [f"{memory[way] / 1e6:,.0f}" for way in ("plain", "fused")]
             cells.append(f"{memory['fused'] / memory['plain']:.3f}")
         else:
-            why = f"not run: {needed / 1e9:.0f} GB of {room / 1e9:.0f}"
+            why = "out of memory"
+            if "plain" not in memory:
+                why = f"not run: {needed / 1e9:.0f} GB of {room / 1e9:.0f}"
             cells += [why, spread(took["fused"]), "", "", f"{memory['fused'] / 1e6:,.0f}", ""]
         lines.append(f"| {' | '.join(cells)} |")
         del problem
