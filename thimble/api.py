@@ -193,7 +193,7 @@ def compare(
     subset_size: int | None = None,
     **nested: Any,
 ) -> Comparison:
-    """Train a recursive recipe and plain transformers beside it; one table of the test split.
+    """Train a recursive recipe and plain models beside it; one table of the test split.
 
     The plain ones have the recursive model's computation, and its parameters, and as many updates.
     ``run``: a recursive run in place of a recipe, finished or not; only what is missing is trained.

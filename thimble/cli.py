@@ -158,7 +158,7 @@ def compare(
         int | None, typer.Option(min=1, metavar="N", help="Evaluate so many examples.")
     ] = None,
 ) -> Any:
-    """A recursive model beside plain transformers of its computation and of its parameters."""
+    """A recursive model beside plain ones of its computation and of its parameters."""
     options = ["--run", "--resume", "--retry", "--subset-size", "--json", "--help"]
     words = check_options(overrides or [], options)
     return api.compare(recipe, *words, run=run, retry=retries(retry), subset_size=subset_size)

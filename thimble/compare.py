@@ -1,10 +1,11 @@
-"""A recursive model beside plain transformers: does the recursion earn what it costs?
+"""A recursive model beside plain ones: does the recursion earn what it costs?
 
-    recursive run -> as many updates of a plain transformer of the same computation
-                  -> as many updates of a plain transformer of the same parameters
+    recursive run -> as many updates of a plain model of the same computation
+                  -> as many updates of a plain model of the same parameters
                   -> all on the held-out test split, one table, whoever wins
 
-The plain ones are what anyone would train: pre-norm blocks, each run once, one supervision step.
+The plain ones are what anyone would train: pre-norm blocks, each run once, one supervision step; of
+attention, or of retention where the recursive one has that, with the same objective and teacher.
 Their runs lie in the recursive one's folder, whose ``comparison.json`` says what belongs together.
 """
 
@@ -32,11 +33,12 @@ from thimble.evaluation.comparison import (
     Contestant,
     verdict,
 )
+from thimble.tokens.packing import KIND as PACKED
 from thimble.training.distributed import Processes
 from thimble.training.plan import amount, flops_per_token
 from thimble.training.run import RunFolder
 
-FOLDER = "comparison"
+FOLDER, TEXT = "comparison", "tokens"
 KEYS = {COMPUTATION: "same_computation", PARAMETERS: "same_parameters", BOTH: "same_both"}
 # A block stack that runs once: what is left of the recursion is its last, and only, call.
 PLAIN = {
@@ -52,6 +54,8 @@ PLAIN = {
     "halt_max_steps": 1,
     "q_continue": False,
 }
+# Retention that runs once is a student as any other.
+PLAIN_RETENTION = {"schedule": "once"}
 
 
 def compare(
@@ -72,12 +76,12 @@ def compare(
     """
     if run is None:
         assert recipe is not None
-        config = prepared(load(recipe, overrides, nested))
+        config = prepared(load(recipe, overrides, nested), subset_size)
         with resumable(lambda: RunFolder.newest(config.output_dir, config.recipe).path):
             path = api.train(recipe, *overrides, retry=retry, **nested).path
     else:
         path = RunFolder.containing(run).path
-        config = prepared(load_run(path))
+        config = prepared(load_run(path), subset_size)
     # Looked for now and not between the trainings: so all of several processes find the same.
     there = {name: sorted((path / FOLDER / key).glob("*/*")) for name, key in KEYS.items()}
     found = [path, *(plain for paths in there.values() for plain in paths)]
@@ -90,19 +94,30 @@ def compare(
         return _Comparing(path, config, there, done, retry, subset_size, main).all()
 
 
-def prepared(config: Config) -> Config:
+def prepared(config: Config, subset_size: int | None = None) -> Config:
     """The configuration with its data there; what cannot be compared is refused at once."""
     from thimble.training.data import open_data, ready
 
     if not recurs(config.model):
         raise ConfigError(
             f"The model of {config.recipe} runs its blocks once, so there is no recursion to "
-            "compare with a plain transformer. Recursive recipes: instruct_*, puzzle_*; all of "
-            "them: thimble recipes"
+            "compare with a plain model. Recursive recipes: instruct_*, puzzle_*, or "
+            "distill_nano model=retnet_hrm; all of them: thimble recipes"
         )
     config = ready(config)
+    kind = kind_of(config)
+    if kind == PACKED:
+        raise ConfigError(
+            f"{config.data.folder} holds packed chunks, which have no test split to compare on. "
+            "Use the tokens of a corpus:\n  data.path=data/tokens/NAME"
+        )
+    if kind == TEXT and subset_size is not None:
+        raise ConfigError(
+            "--subset-size counts conversations or puzzles, and these are tokens: their test split "
+            "is measured whole. Leave it out."
+        )
     data = open_data(config, "test")
-    if kind_of(config) == "conversations" and not len(data.split("test")):
+    if kind == "conversations" and not len(data.split("test")):
         from thimble.evaluation.recursive import empty_split
 
         raise DataError(empty_split(data, "test"))
@@ -136,7 +151,7 @@ def resumable(run: Any) -> Iterator[None]:
 
 
 def plain_models(config: Config) -> dict[str, ModelConfig]:
-    """The plain transformers to compare with, by name: as near as whole blocks come."""
+    """The plain models to compare with, by name: as near as whole blocks come."""
     model, length = config.model, config.training.sequence_length
     first, second = (plain(model, layers) for layers in (1, 2))
 
@@ -154,7 +169,13 @@ def plain_models(config: Config) -> dict[str, ModelConfig]:
 
 
 def plain(model: ModelConfig, layers: int) -> ModelConfig:
-    return ModelConfig.model_validate({**model.model_dump(), **PLAIN, "num_hidden_layers": layers})
+    return ModelConfig.model_validate({**model.model_dump(), **changes(model, layers)})
+
+
+def changes(model: ModelConfig, layers: int) -> dict[str, Any]:
+    """What makes a recursive model one of so many blocks that run once."""
+    once = PLAIN_RETENTION if model.mixer == "retention" else PLAIN
+    return {**once, "num_hidden_layers": layers}
 
 
 @dataclass
@@ -214,7 +235,7 @@ class _Comparing:
             self.path,
             retry=self.retry,
             output_dir=str(self.path / FOLDER / KEYS[name]),
-            model={**PLAIN, "num_hidden_layers": model.num_hidden_layers},
+            model=changes(self.config.model, model.num_hidden_layers),
             training=training,
             guards={"plateau_steps": patience},
         )
@@ -234,12 +255,19 @@ class _Comparing:
     def measured(self, name: str, folder: RunFolder) -> Contestant:
         config = load_run(folder.path)
         record = [record for record in folder.records() if "loss" in record][-1]
-        evaluation: Any = api.evaluate(
-            folder.path, device=config.device, subset_size=self.subset_size
-        )
+        kind = kind_of(self.config)
+        # Only what is asked beside text has a part of it.
+        part = {} if kind == TEXT else {"subset_size": self.subset_size}
+        evaluation: Any = api.evaluate(folder.path, device=config.device, **part)
         figures = evaluation.figures
-        self.kind, self.examples = evaluation.kind, figures["examples"]
-        self.notes += [f"{name}: {line}" for line in evaluation.suspicious]
+        self.kind = kind
+        if kind == TEXT:
+            self.examples = figures["tokens"]
+            figures = {**figures, "nll": figures["loss"], "exact_accuracy": None}
+            figures["token_accuracy"] = figures["top1_accuracy"]
+        else:
+            self.examples = figures["examples"]
+            self.notes += [f"{name}: {line}" for line in evaluation.suspicious]
         if (folder.path / "attempts.json").is_file():
             self.notes.append(f"{name}: mended on its way, see {folder.path / 'attempts.json'}.")
         training = config.training

@@ -275,7 +275,7 @@ def test_the_verdict_is_said_whoever_wins(
     rows = [contestant(name, **{key: v}) for name, v in zip(names, values, strict=True)]
     lines = verdict(rows, kind)
     for line, word, which in zip(lines, words, ("computation", "parameters"), strict=True):
-        assert line.startswith(f"Recursion {word} the plain transformer of the same {which}:")
+        assert line.startswith(f"Recursion {word} the plain model of the same {which}:")
 
 
 def test_the_table_has_every_column(capsys: pytest.CaptureFixture[str]) -> None:

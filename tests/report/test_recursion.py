@@ -57,7 +57,7 @@ def test_a_run_on_conversations(talk: Path) -> None:
         assert f'id="{name}"' in html
         assert (talk / "plots" / f"{name}.png").is_file()
     assert made.missing == []
-    assert "<h2>Beside plain transformers</h2>" in html
+    assert "<h2>Beside plain models</h2>" in html
     found = helpers_compare.conversations()
     for row in found.rows:
         assert f"<td>{row.name}</td>" in html

@@ -1,4 +1,4 @@
-"""The table of a recursive model beside plain transformers, and who is better."""
+"""The table of a recursive model beside plain ones, and who is better."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Contestant:
     bits_per_byte: float | None
     perplexity: float | None
     token_accuracy: float
-    exact_accuracy: float
+    exact_accuracy: float | None  # of text nobody is asked
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Comparison:
 
 
 def verdict(rows: list[Contestant], kind: str) -> list[str]:
-    """A sentence for each plain transformer: whether recursion beats it, and by what figures."""
+    """A sentence for each plain model: whether recursion beats it, and by what figures."""
     if kind == "puzzles":
         key, unit, sign = "exact_accuracy", "of the puzzles exact", 1
     else:
@@ -96,7 +96,7 @@ def verdict(rows: list[Contestant], kind: str) -> list[str]:
         figures = [f"{value:.1%}" if kind == "puzzles" else f"{value:.4f}" for value in (mine, its)]
         what = other.name.removeprefix("plain, ")
         lines.append(
-            f"Recursion {outcome} the plain transformer of the {what}: {figures[0]} against "
+            f"Recursion {outcome} the plain model of the {what}: {figures[0]} against "
             f"{figures[1]} {unit}."
         )
     return lines
@@ -104,10 +104,10 @@ def verdict(rows: list[Contestant], kind: str) -> list[str]:
 
 def table(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows; ``comparison`` is its ``to_dict()``."""
-    puzzles = comparison["kind"] == "puzzles"
+    puzzles, text_alone = (comparison["kind"] == kind for kind in ("puzzles", "tokens"))
     head = ["model", "blocks", "parameters", "updates", "epochs", "FLOPs", "minutes", "tokens/s"]
     head += ["nats/token", *([] if puzzles else ["bits/byte", "perplexity"])]
-    head += ["token accuracy", "exact"]
+    head += ["token accuracy", *([] if text_alone else ["exact"])]
     rows = []
     for row in comparison["rows"]:
         text = [] if puzzles else [_number(row["bits_per_byte"], ".3f")]
@@ -125,7 +125,7 @@ def table(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 _number(row["nll"], ".4f"),
                 *text,
                 f"{row['token_accuracy']:.1%}",
-                f"{row['exact_accuracy']:.1%}",
+                *([] if text_alone else [f"{row['exact_accuracy']:.1%}"]),
             ]
         )
     return head, rows

@@ -13,7 +13,14 @@ from thimble.config.load import load_run
 from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import DataError, ThimbleError
-from thimble.report.charts import LOSS, Chart, curve_charts, ladder_chart, recursive_curves
+from thimble.report.charts import (
+    LOSS,
+    Chart,
+    comparison_chart,
+    curve_charts,
+    ladder_chart,
+    recursive_curves,
+)
 from thimble.tokens.shards import corpus_of
 from thimble.training.run import RunFolder, told_underway
 
@@ -64,6 +71,11 @@ def report(path: str | Path) -> Report:
 
         section = gather(run, config, evaluations, evaluation, missing)
         charts = [*section.charts, *charts]
+        comparison = section.context["comparison"]
+    else:
+        comparison = _comparison(run, config, missing)
+        if comparison and comparison["curves"]:
+            charts.insert(0, comparison_chart(comparison["curves"], exact=False))
     if rungs and (acceptance or {}).get("evaluation"):
         bits = acceptance["evaluation"]["bits_per_byte"]
         charts.insert(0, ladder_chart(rungs, config.recipe, bits))
@@ -90,6 +102,7 @@ def report(path: str | Path) -> Report:
         samples=_samples(run),
         settings=_settings(config),
         recursion=section.context if section else None,
+        comparison=comparison,
         data=None if section else _data(config, missing),
         zipf=_zipf(config),
         missing=missing,
@@ -127,6 +140,15 @@ def _evaluation(run: RunFolder, missing: list[str]) -> dict[str, Any] | None:
     from thimble.evaluation.tables import tables
 
     return {**found, "tables": [{"head": head, "rows": rows} for head, rows in tables(found)]}
+
+
+def _comparison(run: RunFolder, config: Config, missing: list[str]) -> dict[str, Any] | None:
+    """What recursion was worth to a model of text, where its stack runs again and again."""
+    if config.model.schedule != "recursive":
+        return None
+    from thimble.report.recursion import compared
+
+    return compared(run, config, missing)
 
 
 def _state(events: list[dict[str, Any]], run: RunFolder) -> str:

@@ -51,7 +51,7 @@ def gather(
     """
     data = _data(config, run, missing)
     conversations = data.get("opened")
-    comparison = _comparison(run, config, missing)
+    comparison = compared(run, config, missing)
     section = Section(
         {
             "flags": _flags(evaluations, evaluation, data),
@@ -135,7 +135,8 @@ def _flags(
     return found
 
 
-def _comparison(run: RunFolder, config: Config, missing: list[str]) -> dict[str, Any] | None:
+def compared(run: RunFolder, config: Config, missing: list[str]) -> dict[str, Any] | None:
+    """``comparison.json`` of a run, with its table and its curves."""
     path = run.path / LEDGER
     if not path.is_file():
         if recurs(config.model):  # and is not one of the plain ones itself

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from thimble import artifacts
-from thimble.console import log
+from thimble.console import log, unlogged
 from thimble.errors import DataError, EnvironmentProblem
 from thimble.models.interop import PICKLED
 from thimble.objectives.sparse_targets import Finish
@@ -146,7 +146,9 @@ def load(
     Raises DataError for weights that are missing, pickled or do not fit their configuration, and
     for a model that would run code of its own or makes its logits in a way we do not know.
     """
-    from transformers import AutoModelForCausalLM
+    with unlogged():
+        # The second makes the first import what it is made of, and that tells what it did not find.
+        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
 
     folder = find(name)
     weight_files(folder)
