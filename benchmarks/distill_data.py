@@ -18,6 +18,7 @@ from thimble.models import interop
 from thimble.objectives.sparse_targets import SparseTargets
 from thimble.teachers.asked import Asked
 from thimble.teachers.cache import TeacherCache
+from thimble.teachers.models import without_bars
 from thimble.tokens.packing import pack
 
 WORDS = 500  # of a document, on average
@@ -61,7 +62,8 @@ def make_teacher(folder: Path, tokenizer: Path, shape: str, vocabulary: int) -> 
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(native.pop("model_type"), **native)
     )
-    model.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
     for file in tokenizer.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder

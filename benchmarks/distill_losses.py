@@ -13,8 +13,8 @@ from thimble.objectives.sparse_kl import linear_sparse_kl
 from thimble.objectives.sparse_targets import SparseTargets
 
 ALPHA, TEMPERATURE, TOKENS = 0.5, 2.0, 64
-# Copies of positions x vocabulary in float32 that the plain form is taken to need, logits, their two
-# softmaxes and gradients among them. What would need more than this machine has is not tried.
+# Copies of positions x vocabulary in float32 that the plain form is taken to need: logits, two
+# softmaxes, gradients. What would need more than this machine has is not tried.
 COPIES = 7
 
 

@@ -187,6 +187,7 @@ class _LinearSparseKL(torch.autograd.Function):
                 sums += torch.stack([cross_entropy.sum(), divergence.sum()])
                 if grad is not None:
                     part.copy_(grad)
+                del grad  # before the next ones are there
             # Now they hold the gradient towards themselves, if one is wanted.
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[start : start + rows])
