@@ -129,7 +129,7 @@ def compare_steps(rounds: int, steps: int, device: torch.device, folder: Path) -
     base = load("distill_nano", ["data.path=x", "teacher.path=x"])
     length, vocabulary = base.training.sequence_length, base.model.vocab_size
     tokenizer = made.make_tokenizer(folder / "tokenizer", vocabulary)
-    rows = 24 * base.training.micro_batch_size
+    rows = 8 * base.training.micro_batch_size
     data = made.make_packed(folder / "data", tokenizer, vocabulary, rows * length, length)
     common = [f"data.path={data}", f"device={device}", f"output_dir={folder / 'runs'}"]
     runs: dict[str, Callable[[], float]] = {}

@@ -217,9 +217,11 @@ def reliable(
         given[0] = given[0] * keys**-0.5
         slope = torch.randn(shapes[2], generator=draw).to(device, dtype)
         log_gamma = torch.log1p(-1 / torch.linspace(8, 256, heads)).to(device)
+        theirs = functools.partial(with_kernels, kernels, keep=False)
+        forms: list[Callable[..., Retained]] = [chunkwise, theirs]
         found = []
         try:
-            for form in (chunkwise, functools.partial(with_kernels, kernels, keep=False)):
+            for form in forms:
                 exact = form is chunkwise
                 leaves = [x.detach().to(wide if exact else dtype).requires_grad_() for x in given]
                 outputs = form(*leaves, log_gamma).outputs
