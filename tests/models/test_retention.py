@@ -277,7 +277,7 @@ def test_kernels_with_wrong_gradients_are_not_trained_with(
 
         @staticmethod
         def backward(ctx: Any, slope: Tensor) -> Tensor:
-            return slope * 1.1
+            return slope * factor
 
     def wrong(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Any]:
         return as_the_kernels_do(q, Worse.apply(k), v, **options)
@@ -285,7 +285,7 @@ def test_kernels_with_wrong_gradients_are_not_trained_with(
     def failing(*args: Tensor, **options: Any) -> tuple[Tensor, Any]:
         raise RuntimeError("no such instruction")
 
-    asked = torch.device("cpu"), torch.bfloat16, 3, 8, 16
+    factor, asked = 1.1, (torch.device("cpu"), torch.bfloat16, 3, 8, 16)
     with torch.inference_mode():
         assert retention.reliable(Kernels(as_the_kernels_do, as_the_kernels_do), *asked)
         assert not caplog.records
@@ -293,6 +293,8 @@ def test_kernels_with_wrong_gradients_are_not_trained_with(
         assert "off by 10 %" in caplog.text
         assert not retention.reliable(Kernels(failing, failing), *asked)
         assert "no such instruction" in caplog.text
+        factor = math.nan
+        assert not retention.reliable(Kernels(lambda *a, **o: wrong(*a, **o), wrong), *asked)
 
 
 @pytest.mark.skipif(retention.find_kernels() is None, reason="flash-linear-attention and a GPU")

@@ -227,10 +227,11 @@ def reliable(
                 outputs = form(*leaves, log_gamma).outputs
                 slopes = torch.autograd.grad(outputs, leaves, slope.to(outputs.dtype))
                 found.append([outputs.detach(), *slopes])
-            apart = max(
-                float((mine.to(wide) - right).norm() / right.norm())
+            each = [
+                (mine.to(wide) - right).norm() / right.norm()
                 for right, mine in zip(*found, strict=True)
-            )
+            ]
+            apart = float(torch.stack(each).max())  # NaN if one is
         except Exception as error:  # Triton raises what it likes
             log.warning("flash-linear-attention fails here, retention runs in torch: %s", error)
             return False
