@@ -211,13 +211,12 @@ def as_the_kernels_do(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """What flash-linear-attention documents: [B, T, H, C], and of several lengths one row."""
-    assert output_final_state
     q, k, v = (x.transpose(1, 2) for x in (q * scale, k, v))
     if cu_seqlens is None:
         made = recurrent(q, k, v, g_gamma, initial_state)
-        return made.outputs.transpose(1, 2), made.memory
+        return made.outputs.transpose(1, 2), made.memory if output_final_state else None
     assert len(q) == 1
     outputs, last = [], []
     bounds = cu_seqlens.tolist()
@@ -227,7 +226,7 @@ def as_the_kernels_do(
         made = recurrent(*(x[:, :, begin:end] for x in (q, k, v)), g_gamma, before)
         outputs.append(made.outputs.transpose(1, 2))
         last.append(made.memory)
-    return torch.cat(outputs, 1), torch.cat(last)
+    return torch.cat(outputs, 1), torch.cat(last) if output_final_state else None
 
 
 @pytest.mark.parametrize("memory", [False, True])
@@ -247,10 +246,55 @@ def test_the_kernels_are_given_what_they_want(time: int, starts: bool, memory: b
     form = functools.partial(with_kernels, Kernels(kernel("chunk"), kernel("recurrent")))
     close(form(*given, starts_bt=where), parallel(*given, starts_bt=where), torch.float32)
     assert set(called) == {"chunk" if time == 70 else "recurrent"}
+    without = form(*given, starts_bt=where, keep=False)
+    assert without.memory is None
+    close(without.outputs, form(*given, starts_bt=where).outputs, torch.float32)
     slopes = gradients(parallel, given, where)
     scale = max(slope.abs().max() for slope in slopes)
     for mine, theirs in zip(gradients(form, given, where), slopes, strict=True):
         close(mine / scale, theirs / scale, torch.float32)
+
+
+def test_where_documents_begin_is_found_once_for_all_layers() -> None:
+    starts = torch.tensor([[False, True, False], [True, False, True], [False, False, False]])
+    found = retention.documents(starts)
+    assert found.bounds.tolist() == [0, 1, 3, 5, 6, 9]
+    assert found.firsts.tolist() == [0, 2, 4]
+    assert found.lasts.tolist() == [1, 3, 4]
+    assert retention.documents(starts) is found
+    starts[0, 1] = False
+    assert retention.documents(starts).bounds.tolist() == [0, 3, 5, 6, 9]
+    assert retention.documents(starts.clone()).bounds.tolist() == [0, 3, 5, 6, 9]
+
+
+def test_kernels_with_wrong_gradients_are_not_trained_with(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Worse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, slope: Tensor) -> Tensor:
+            return slope * factor
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        return as_the_kernels_do(q, Worse.apply(k), v, **options)
+
+    def failing(*args: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        raise RuntimeError("no such instruction")
+
+    factor, asked = 1.1, (torch.device("cpu"), torch.bfloat16, 3, 8, 16)
+    with torch.inference_mode():
+        assert retention.reliable(Kernels(as_the_kernels_do, as_the_kernels_do), *asked)
+        assert not caplog.records
+        assert not retention.reliable(Kernels(wrong, wrong), *asked)
+        assert "off by 10 %" in caplog.text
+        assert not retention.reliable(Kernels(failing, failing), *asked)
+        assert "no such instruction" in caplog.text
+        factor = math.nan
+        assert not retention.reliable(Kernels(lambda *a, **o: wrong(*a, **o), wrong), *asked)
 
 
 @pytest.mark.skipif(retention.find_kernels() is None, reason="flash-linear-attention and a GPU")
@@ -275,6 +319,7 @@ def test_the_real_kernels_are_near_the_exact_form(time: int, starts: bool, memor
 def test_without_a_gpu_or_without_the_package_there_are_no_kernels(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    torch.compiler.disable(forms)  # imports what must not meet the broken import below
     find = retention.find_kernels.__wrapped__
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find() is None
@@ -296,7 +341,9 @@ def test_without_a_gpu_or_without_the_package_there_are_no_kernels(
         fused_recurrent_simple_gla = staticmethod(as_the_kernels_do)
 
     monkeypatch.setattr(retention.importlib, "import_module", lambda name: Ops)
-    assert find() == Kernels(as_the_kernels_do, as_the_kernels_do)
+    found = find()
+    assert found[:2] == (as_the_kernels_do, as_the_kernels_do)
+    assert found.check(found, torch.device("cpu"), torch.bfloat16, 3, 8, 16)
 
 
 def test_kernels_are_for_half_precision_on_a_gpu() -> None:

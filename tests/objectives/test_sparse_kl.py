@@ -158,16 +158,17 @@ def test_equals_the_naive_form(
         )
 
 
-@pytest.mark.parametrize("rows", [1, 64, 1000])
+@pytest.mark.parametrize(("rows", "few"), [(1, 1), (64, 64), (64, 5), (1000, 7), (1000, 1000)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_chunks_change_nothing(
-    rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+    rows: int, few: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, weight, labels, theirs, head = problem()
     targets = likeliest(theirs, head, 12, (temperature,))
     options: dict[str, Any] = {"alpha": 0.3, "temperature": temperature}
     expected = linear_sparse_kl(hidden, weight, labels, targets, **options)
     monkeypatch.setattr(sparse_kl, "rows_at_once", lambda device, vocab_size: rows)
+    monkeypatch.setattr(sparse_kl, "rows_of_losses", lambda device, vocab_size, rows: few)
     made = linear_sparse_kl(hidden, weight, labels, targets, **options)
     assert_close(made, expected, 1e-12)
     assert_close(

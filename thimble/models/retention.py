@@ -165,16 +165,19 @@ def _chunks(
 
 class Kernels(NamedTuple):
     """``chunk_simple_gla`` and ``fused_recurrent_simple_gla`` of flash-linear-attention >= 0.3:
-    [B, T, H, C] in, outputs [B, T, H, V] and the last memory [sequences, H, C, V] out."""
+    [B, T, H, C] in, outputs [B, T, H, V] and the last memory [sequences, H, C, V] out, which is
+    None where it is not asked for. ``check`` is ``reliable``, or None for trust."""
 
-    chunk: Callable[..., tuple[Tensor, Tensor]]
-    recurrent: Callable[..., tuple[Tensor, Tensor]]
+    chunk: Callable[..., tuple[Tensor, Any]]
+    recurrent: Callable[..., tuple[Tensor, Any]]
+    check: Callable[..., bool] | None = None
 
 
 # Below this many positions the recurrent kernel is the faster one, and for very few the other is
-# not exact (fla-org/flash-linear-attention#88).
+# not tested by its authors (fla-org/flash-linear-attention#88).
 SHORT = 64
 WIDEST = 256  # of a head's keys that the kernels take
+NEAR = 0.02  # of their norm, what half precision may do to outputs and gradients
 
 
 @functools.cache
@@ -187,10 +190,88 @@ def find_kernels() -> Kernels | None:
         return None
     try:
         ops = importlib.import_module("fla.ops.simple_gla")
-        return Kernels(ops.chunk_simple_gla, ops.fused_recurrent_simple_gla)
+        # The check is no part of what torch.compile compiles.
+        check = torch.compiler.disable(reliable)
+        return Kernels(ops.chunk_simple_gla, ops.fused_recurrent_simple_gla, check)
     except Exception as error:  # Triton raises what it likes
         log.warning("flash-linear-attention cannot be used, retention runs in torch: %s", error)
         return None
+
+
+@functools.cache
+def reliable(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, heads: int, keys: int, values: int
+) -> bool:
+    """Whether the kernels' gradients are, for heads of this shape, those of the exact form here.
+
+    Compilers have made wrong ones of such kernels without a word: Triton from 3.4 to before 3.7.1
+    on Hopper (fla-org/flash-linear-attention#640, of this one's sibling). Asked once, and what has
+    to be compiled for it would be at the first step.
+    """
+    draw = torch.Generator().manual_seed(0)
+    time = 2 * SHORT + 3  # whole chunks and a part of one
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.inference_mode(False), torch.enable_grad():
+        shapes = [(1, heads, time, width) for width in (keys, keys, values)]
+        given = [torch.randn(x, generator=draw).to(device, dtype) for x in shapes]
+        given[0] = given[0] * keys**-0.5
+        slope = torch.randn(shapes[2], generator=draw).to(device, dtype)
+        log_gamma = torch.log1p(-1 / torch.linspace(8, 256, heads)).to(device)
+        theirs = functools.partial(with_kernels, kernels, keep=False)
+        forms: list[Callable[..., Retained]] = [chunkwise, theirs]
+        found = []
+        try:
+            for form in forms:
+                exact = form is chunkwise
+                leaves = [x.detach().to(wide if exact else dtype).requires_grad_() for x in given]
+                outputs = form(*leaves, log_gamma).outputs
+                slopes = torch.autograd.grad(outputs, leaves, slope.to(outputs.dtype))
+                found.append([outputs.detach(), *slopes])
+            each = [
+                (mine.to(wide) - right).norm() / right.norm()
+                for right, mine in zip(*found, strict=True)
+            ]
+            apart = float(torch.stack(each).max())  # NaN if one is
+        except Exception as error:  # Triton raises what it likes
+            log.warning("flash-linear-attention fails here, retention runs in torch: %s", error)
+            return False
+    if not apart <= NEAR:
+        log.warning(
+            "flash-linear-attention's gradients are off by %.0f %% here, as Triton from 3.4 to "
+            "before 3.7.1 makes them on Hopper GPUs; retention runs in torch",
+            100 * apart,
+        )
+        return False
+    return True
+
+
+class Documents(NamedTuple):
+    """Rows [B, T] with documents in them as sequences of different lengths in one row."""
+
+    bounds: Tensor  # [sequences + 1]
+    firsts: Tensor  # [B]: the sequence each row begins with
+    lasts: Tensor  # [B]: and ends with
+
+
+_known: tuple[Tensor, int, Documents] | None = None
+
+
+def documents(starts_bt: Tensor) -> Documents:
+    """All layers of a model ask about the same tensor, and every answer has to wait for the GPU: so
+    the last one is kept. That it is the same one helps the kernels, too, which keep theirs."""
+    global _known
+    version = -1 if starts_bt.is_inference() else starts_bt._version
+    if _known is not None and _known[0] is starts_bt and _known[1] == version:
+        return _known[2]
+    batch, time = starts_bt.shape
+    first = torch.zeros_like(starts_bt)
+    first[:, 0] = True
+    begins = (starts_bt | first).flatten().nonzero()[:, 0]
+    rows = torch.arange(batch + 1, device=begins.device) * time
+    place = torch.searchsorted(begins, rows)
+    found = Documents(F.pad(begins, (0, 1), value=batch * time), place[:-1], place[1:] - 1)
+    _known = starts_bt, version, found
+    return found
 
 
 def with_kernels(
@@ -201,34 +282,33 @@ def with_kernels(
     log_gamma_h: Tensor,
     memory: Tensor | None = None,
     starts_bt: Tensor | None = None,
+    *,
+    keep: bool = True,
 ) -> Retained:
-    """``retain`` by flash-linear-attention's kernels, which accumulate in float32."""
+    """``retain`` by flash-linear-attention's kernels, which accumulate in float32.
+
+    Without ``keep`` there is no last memory: of many short documents those take more than all else.
+    """
     batch, _, time, _ = q.shape
     kernel = kernels.recurrent if time < SHORT else kernels.chunk
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     options: dict[str, Any] = {"g_gamma": log_gamma_h.float(), "scale": 1.0}
+    options["output_final_state"] = keep
     if starts_bt is None:
         if memory is not None:
             memory = memory.float()
-        made, last = kernel(q, k, v, initial_state=memory, output_final_state=True, **options)
+        made, last = kernel(q, k, v, initial_state=memory, **options)
         return Retained(made.transpose(1, 2), last)
-    # Documents become sequences of different lengths in one row; a row that goes on with what it
-    # was in the middle of gives its first sequence the memory.
-    first = torch.zeros_like(starts_bt)
-    first[:, 0] = True
-    begins = (starts_bt | first).flatten().nonzero()[:, 0]
-    bounds = F.pad(begins, (0, 1), value=batch * time)
+    # A row that goes on with what it was in the middle of gives its first sequence the memory.
+    found = documents(starts_bt)
     if memory is not None:
-        rows = torch.searchsorted(begins, torch.arange(batch, device=q.device) * time)
         going_on = memory.float().masked_fill(starts_bt[:, 0, None, None, None], 0)
-        empty = going_on.new_zeros(len(begins), *going_on.shape[1:])
-        memory = empty.index_copy(0, rows, going_on)
+        empty = going_on.new_zeros(len(found.bounds) - 1, *going_on.shape[1:])
+        memory = empty.index_copy(0, found.firsts, going_on)
     joined = (x.reshape(1, batch * time, *x.shape[2:]) for x in (q, k, v))
-    made, last = kernel(
-        *joined, initial_state=memory, output_final_state=True, cu_seqlens=bounds, **options
-    )
-    ends = torch.searchsorted(begins, torch.arange(1, batch + 1, device=q.device) * time) - 1
-    return Retained(made.view(batch, time, *made.shape[2:]).transpose(1, 2), last[ends])
+    made, last = kernel(*joined, initial_state=memory, cu_seqlens=found.bounds, **options)
+    outputs = made.view(batch, time, *made.shape[2:]).transpose(1, 2)
+    return Retained(outputs, last[found.lasts] if keep else last)
 
 
 # --- the mixer
@@ -254,6 +334,7 @@ def retain(
     *,
     chunk: int = 64,
     kernels: Kernels | None = None,
+    keep: bool = True,
 ) -> Retained:
     """Retention by the form that is fastest here.
 
@@ -262,10 +343,16 @@ def retain(
     scaled is the caller's affair.
 
     ``kernels`` are used for half precision on a GPU. In float32 they would multiply with ten bits.
+    Without ``keep`` they make no last memory.
     """
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if kernels is not None and q.is_cuda and half and q.shape[3] <= WIDEST:
-        return with_kernels(kernels, q, k, v, log_gamma_h, memory, starts_bt)
+    # Of odd widths the kernels read what is not theirs.
+    fit = q.shape[3] <= WIDEST and q.shape[3] % 2 == v.shape[3] % 2 == 0
+    if kernels is not None and q.is_cuda and half and fit:
+        shape = q.shape[1], q.shape[3], v.shape[3]
+        check = kernels.check if q.requires_grad else None
+        if check is None or check(kernels, q.device, q.dtype, *shape):
+            return with_kernels(kernels, q, k, v, log_gamma_h, memory, starts_bt, keep=keep)
     if q.shape[2] == 1:
         return recurrent(q, k, v, log_gamma_h, memory, starts_bt)
     return chunkwise(q, k, v, log_gamma_h, memory, starts_bt, chunk=chunk)
@@ -340,6 +427,7 @@ class Retention(nn.Module):
             starts_bt,
             chunk=self.chunk,
             kernels=self.kernels,
+            keep=state is not None,
         )
         if state is not None:
             state.memory, state.length = memory, state.length + x_btd.shape[1]

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from thimble.errors import ConfigError
 from thimble.objectives.linear_cross_entropy import IGNORE, chunk_rows
-from thimble.objectives.sparse_targets import SampledTargets, SparseTargets, beside
+from thimble.objectives.sparse_targets import SampledTargets, SparseTargets
 
 # Tails smaller than these are taken for these, so that their logarithms are finite: a teacher's has
 # its logarithm from a float32 probability, and a student's is divided by.
 LEAST_LOG_TAIL, LEAST_TAIL = -104.0, 1e-30
+# Logits of a CPU's losses at a time: 2 MB, what its cores have to themselves.
+CACHED = 1 << 19
 
 
 class Distilled(NamedTuple):
@@ -87,44 +89,63 @@ def losses(
     """Cross-entropy [rows], divergence [rows] and, when asked for, the gradient of the loss towards
     the logits [rows, V], which are overwritten. Passes over them are what costs time here."""
     label = label_r[:, None]
-    log_q = torch.log_softmax(logits_rv, dim=-1)
-    cross_entropy = -log_q.gather(1, label)[:, 0]
+    q, normaliser = softmax(logits_rv)
+    cross_entropy = (normaliser - logits_rv.gather(1, label))[:, 0]
     towards_label = None
     if temperature != 1:
-        if wants_grad and alpha:
-            towards_label = log_q.exp_()
-        log_q = torch.log_softmax(logits_rv.div_(temperature), dim=-1)
+        towards_label = q
+        q, normaliser = softmax(logits_rv.div_(temperature))
     # At temperature 1 both losses are made of the same probabilities.
     own = alpha if temperature == 1 else 0.0
     pull = (1 - alpha) * temperature  # T^2, and 1/T of the slope of z / T
+    chosen = logits_rv.gather(1, teacher.tokens) - normaliser
     if teacher.weights is not None:
-        chosen = log_q.gather(1, teacher.tokens)
         divergence = (teacher.weights * (teacher.log_probs - chosen)).sum(-1)
         if not wants_grad:
             return cross_entropy, divergence, None
         total = teacher.weights.sum(-1, keepdim=True)
-        grad = log_q.exp_().mul_(pull * total + own)
+        grad = q.mul_(pull * total + own)
         grad.scatter_add_(1, teacher.tokens, -pull * teacher.weights)
     else:
-        chosen, others, rest = beside(log_q, teacher.tokens)
+        others = q.scatter_(1, teacher.tokens, 0.0)
+        rest = others.sum(-1)
         divergence, slope, slope_rest = bucket_divergence(chosen, rest, teacher, reverse)
         if not wants_grad:
             return cross_entropy, divergence, None
         grad = others.mul_((pull * slope_rest / rest.clamp(min=LEAST_TAIL) + own)[:, None])
         grad.scatter_(1, teacher.tokens, pull * slope + own * chosen.exp())
-    if towards_label is not None:
+    if towards_label is not None and alpha:
         grad.add_(towards_label, alpha=alpha)
     if alpha:
         grad.scatter_add_(1, label, grad.new_full((), -alpha).expand_as(label))
     return cross_entropy, divergence, grad
 
 
+def softmax(logits_rv: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [rows, V], and [rows, 1] what is subtracted from logits for their logarithms.
+
+    The likeliest token's probability tells the latter with all its digits, and one pass fewer than
+    by way of all logarithms.
+    """
+    q = torch.softmax(logits_rv, dim=-1)
+    return q, logits_rv.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log()
+
+
 def rows_at_once(device: torch.device, vocab_size: int) -> int:
-    """Positions of a chunk. On a CPU 128 were fastest from 4,000 to 128,000 words; on a GPU half as
-    many as of cross-entropy alone, since there are twice as many numbers for each."""
+    """Positions that go through the head together. A CPU's products of 256 are nearly as fast as of
+    any more; on a GPU half as many as of cross-entropy alone, since there are twice as many numbers
+    for each."""
     if device.type == "cpu":
-        return 128
+        return 256
     return max(128, chunk_rows(device, vocab_size) // 2)
+
+
+def rows_of_losses(device: torch.device, vocab_size: int, rows: int) -> int:
+    """Of those the ones whose losses are made together: on a CPU few enough to stay in its cache
+    from the first pass to the last."""
+    if device.type == "cpu":
+        return max(1, CACHED // vocab_size)
+    return rows
 
 
 class _LinearSparseKL(torch.autograd.Function):
@@ -146,30 +167,35 @@ class _LinearSparseKL(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_nd) if wants_hidden else None
         grad_weight = torch.zeros_like(weight_vd) if wants_weight else None
         sums = hidden_nd.new_zeros(2, dtype=wide)
-        for start in range(0, hidden_nd.shape[0], rows):
-            end = start + rows
-            hidden = hidden_nd[start:end]
-            cross_entropy, divergence, grad = losses(
-                (hidden @ weight.t()).to(wide),
-                labels_n[start:end],
-                teacher.rows(start, end),
-                alpha,
-                temperature,
-                reverse,
-                wants_hidden or wants_weight,
-            )
-            sums += torch.stack([cross_entropy.sum(), divergence.sum()])
-            if grad is None:
-                continue
-            grad = grad.to(hidden.dtype)
+        few = rows_of_losses(hidden_nd.device, weight_vd.shape[0], rows)
+        # One place for all chunks: fresh memory costs a CPU as much as a pass over it.
+        held = weight.new_empty(min(rows, len(hidden_nd)), len(weight))
+        for start in range(0, len(hidden_nd), rows):
+            hidden = hidden_nd[start : start + rows]
+            logits = torch.mm(hidden, weight.t(), out=held[: len(hidden)])
+            for first in range(0, len(hidden), few):
+                part, at = logits[first : first + few], start + first
+                cross_entropy, divergence, grad = losses(
+                    part.to(wide),
+                    labels_n[at : at + len(part)],
+                    teacher.rows(at, at + len(part)),
+                    alpha,
+                    temperature,
+                    reverse,
+                    wants_hidden or wants_weight,
+                )
+                sums += torch.stack([cross_entropy.sum(), divergence.sum()])
+                if grad is not None:
+                    part.copy_(grad)
+                del grad  # before the next ones are there
+            # Now they hold the gradient towards themselves, if one is wanted.
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start:end])
+                torch.mm(logits, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                if grad_weight.dtype == grad.dtype:
-                    grad_weight.addmm_(grad.t(), hidden)
+                if grad_weight.dtype == logits.dtype:
+                    grad_weight.addmm_(logits.t(), hidden)
                 else:
-                    grad_weight += grad.t() @ hidden
-            del grad  # before the next chunk's logits are there
+                    grad_weight += logits.t() @ hidden
         ctx.grads = [grad_hidden, grad_weight]
         loss = alpha * sums[0] + (1 - alpha) * temperature**2 * sums[1]
         parts = sums[0].clone(), sums[1].clone()

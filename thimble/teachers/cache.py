@@ -221,8 +221,10 @@ class TeacherCache:
         tails = 0 if self.asked.sampled else len(self.asked.temperatures)
         cuts = np.cumsum([4 * tails * length, self.dtype.itemsize * k * length])
         tail, index, logs = np.split(block, cuts, axis=1)
-        # int32 travels at half the size; the ids are below 2^31.
-        indices = _tensor(index.view(self.dtype).astype(np.int32), (length, k), device).long()
+        # int32 travels at half the size; the ids are below 2^31, so that uint32 is read as it.
+        ids = np.ascontiguousarray(index).view(self.dtype)
+        wide = ids.view(np.int32) if ids.itemsize == 4 else ids.astype(np.int32)
+        indices = _tensor(wide, (length, k), device).long()
         log_probs = _tensor(logs.view("<f2"), (length, k), device).float()
         if self.asked.sampled:
             weights = torch.full_like(log_probs, 1 / k)
