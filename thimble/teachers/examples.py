@@ -30,9 +30,11 @@ class Examples(Protocol):
     """A data set as ``count`` numbered rows of ``length`` tokens below ``vocab_size``."""
 
     directory: Path
-    count: int
     length: int
     vocab_size: int
+
+    @property
+    def count(self) -> int: ...
 
     @property
     def identity(self) -> dict[str, Any]:
