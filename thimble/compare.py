@@ -257,7 +257,7 @@ class _Comparing:
         record = [record for record in folder.records() if "loss" in record][-1]
         kind = kind_of(self.config)
         # Only what is asked beside text has a part of it.
-        part = {} if kind == TEXT else {"subset_size": self.subset_size}
+        part: dict[str, Any] = {} if kind == TEXT else {"subset_size": self.subset_size}
         evaluation: Any = api.evaluate(folder.path, device=config.device, **part)
         figures = evaluation.figures
         self.kind = kind
