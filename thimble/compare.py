@@ -104,13 +104,13 @@ def prepared(config: Config, subset_size: int | None = None) -> Config:
             "compare with a plain model. Recursive recipes: instruct_*, puzzle_*, or "
             "distill_nano model=retnet_hrm; all of them: thimble recipes"
         )
-    config = ready(config)
-    kind = kind_of(config)
-    if kind == PACKED:
+    if config.data.path is not None and kind_of(config) == PACKED:
         raise ConfigError(
             f"{config.data.folder} holds packed chunks, which have no test split to compare on. "
             "Use the tokens of a corpus:\n  data.path=data/tokens/NAME"
         )
+    config = ready(config)
+    kind = kind_of(config)
     if kind == TEXT and subset_size is not None:
         raise ConfigError(
             "--subset-size counts conversations or puzzles, and these are tokens: their test split "

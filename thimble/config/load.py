@@ -219,7 +219,8 @@ def check_key(key: str, value: Any) -> None:
     if inside:
         raise ConfigError(f"{key} is a group of keys. Set one of them:\n  " + "\n  ".join(inside))
     theirs = [*documents.NAMES, *documents.SWITCHES]
-    right = nearest_key(key, [*known, *group_choices(), *theirs])
+    # Ours first, so that nobody is sent to a document's name for what has one here.
+    right = nearest_key(key, [*known, *group_choices()]) or nearest_key(key, theirs)
     raise Misspelt(
         f"There is no key {key}.",
         f"{key}={value}",
