@@ -254,6 +254,8 @@ class _Comparing:
 
     def measured(self, name: str, folder: RunFolder) -> Contestant:
         config = load_run(folder.path)
+        # A plain model keeps the word of the recursive one it is beside, and has one stack.
+        stacks = 2 if config.model.separate_stacks and recurs(config.model) else 1
         record = [record for record in folder.records() if "loss" in record][-1]
         kind = kind_of(self.config)
         # Only what is asked beside text has a part of it.
@@ -276,7 +278,7 @@ class _Comparing:
         return Contestant(
             name=name,
             run=folder.path,
-            layers=config.model.num_hidden_layers * (2 if config.model.separate_stacks else 1),
+            layers=config.model.num_hidden_layers * stacks,
             parameters=evaluation.parameters,
             updates=record["step"],
             epochs=record["epoch"],

@@ -58,6 +58,9 @@ def test_beside_plain_students_of_the_same_teacher(
     assert "against computation" in page
     again = api.compare(run=run)
     assert [row.run for row in again.rows] == [row.run for row in found.rows]
+    plains = [row for row in found.rows if load_run(row.run).model.schedule == "once"]
+    assert len(plains) == 2
+    assert all(row.layers == load_run(row.run).model.num_hidden_layers for row in plains)
 
 
 def test_a_report_says_what_is_not_compared_yet(tmp_path: Path, run: Path) -> None:
