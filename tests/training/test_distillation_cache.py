@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests import helpers_distill
 from tests.helpers_distill import config
 from tests.helpers_training import state_of, timeless
+from tests.teachers.helpers import examples
 from thimble.errors import DataError
 from thimble.sweep import teaching
 from thimble.teachers import models
 from thimble.teachers.direct import DirectTeacher
+from thimble.teachers.held_out import HeldOutRows
 from thimble.training import train
 from thimble.training.run import Run
 
@@ -105,3 +108,14 @@ def test_a_cache_is_not_mixed(teacher: Path, tmp_path: Path, change: str) -> Non
     )
     with pytest.raises(DataError, match=said):
         train(config(tmp_path, other, *words), resume=first.path)
+
+
+def test_rows_with_nothing_to_predict_are_known_and_filling_is_any() -> None:
+    rows = HeldOutRows(examples())
+    text, filling = torch.arange(24).view(2, 12), torch.zeros(1, 12, dtype=torch.int64)
+    nothing = torch.full((3, 12), -100)
+    rows.note(torch.cat([text, filling]), nothing, None)
+    assert rows.count == 2
+    assert rows.numbers(torch.cat([filling, text.flip(0)]), None) == [0, 1, 0]
+    with pytest.raises(DataError, match="no teacher was asked"):
+        rows.numbers(text + 1, None)

@@ -34,11 +34,12 @@ class HeldOutRows:
         self.kept: list[tuple[np.ndarray, np.ndarray | None]] = []
 
     def note(self, inputs: Tensor, targets: Tensor, starts: Tensor | None) -> None:
-        """Add rows [B, L] that are not there yet and in which something is to be predicted;
-        ``starts`` where documents must be apart."""
+        """Add rows [B, L] that are not there yet, but for what only fills up a batch; ``starts``
+        where documents must be apart."""
         counted = (targets != IGNORED).any(-1).tolist()
         for (key, row, begins), counts in zip(_each(inputs, starts), counted, strict=True):
-            if counts and key not in self.places:
+            # A row may be all text and have nothing to predict: of documents that are trained on.
+            if (counts or not _filling(row)) and key not in self.places:
                 self.places[key] = len(self.kept)
                 self.kept.append((row, begins))
 
@@ -63,10 +64,14 @@ class HeldOutRows:
         batch, the same token everywhere, is any."""
         found = []
         for key, row, _ in _each(inputs, starts):
-            if key not in self.places and (row != row[0]).any():
+            if key not in self.places and not _filling(row):
                 raise DataError("Held-out text that no teacher was asked about.")
             found.append(self.places.get(key, 0))
         return found
+
+
+def _filling(row: np.ndarray) -> bool:
+    return bool((row == row[0]).all())
 
 
 def _each(inputs: Tensor, starts: Tensor | None) -> Any:
