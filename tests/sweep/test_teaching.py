@@ -14,13 +14,14 @@ from tests import helpers_distill
 from tests.helpers_distill import config
 from thimble import api
 from thimble.config.load import load_run, save
-from thimble.errors import DataError
+from thimble.errors import ConfigError, DataError
 from thimble.objectives.sparse_targets import SparseTargets, likeliest
 from thimble.sweep import Sweep, ledger, teaching
 from thimble.teachers import models
 from thimble.teachers.asked import narrowed
 from thimble.teachers.cache import TeacherCache
 from thimble.training import train
+from thimble.training.rows import WindowRows
 from thimble.training.run import RunFolder
 
 SHORT = ["training.max_steps=4", "training.log_every=1", "training.eval_every=2"]
@@ -169,3 +170,35 @@ def test_where_nobody_knows_the_bytes_the_loss_decides(tmp_path: Path) -> None:
     assert found.best["overrides"] == {"optim.learning_rate": 0.01}
     assert ledger.unit(found.runs) == "nats per token"
     assert [plot.name for plot in found.plots] == ["sweep.png", "curves.png"]
+
+
+def test_rows_that_are_passed_over_are_asked_about_generously(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip = "training.skip_windows=[[5,6]]"
+    mine = config(tmp_path, teacher, *SHORT, skip)
+    seen: list[int] = []
+    inner = WindowRows.batch
+
+    def batch(self: WindowRows, place: int, size: int) -> Any:
+        found = inner(self, place, size)
+        seen.extend(found.numbers.tolist())
+        return found
+
+    monkeypatch.setattr(WindowRows, "batch", batch)
+    train(mine)
+    assert set(seen) <= set(teaching.seen(mine).tolist())
+
+
+def test_a_run_of_other_rows_asks_by_itself(teacher: Path, tmp_path: Path) -> None:
+    runs = [config(tmp_path, teacher, *SHORT, f"teacher.topk={k}") for k in (5, 20)]
+    caches = teaching.prepare(runs, here=True)
+    assert teaching.taught(runs[0], caches).teacher.mode == "cached"
+    longer = config(tmp_path, teacher, *SHORT, "training.max_steps=9")
+    assert teaching.question(longer) == teaching.question(runs[0])
+    assert teaching.taught(longer, caches).teacher.mode == "direct"
+
+
+def test_a_sweep_without_evaluations_is_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training\.eval_every=4"):
+        sweep(tmp_path, teacher, "teacher.topk=5,20", base=("training.eval_every=0",))

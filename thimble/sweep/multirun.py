@@ -89,21 +89,20 @@ def sweep(
                 ],
             }
             artifacts.write_json(folder / ledger.LEDGER, account)
+        going_on = f"Go on with:\n  thimble sweep --resume {folder}" if grid else ""
         with artifacts.locked(folder, "sweep"):
             log.info("%s: %s runs, %s", recipe, total or "any number of", folder)
             try:
                 caches = teaching.prepare(configs, here=launcher == "basic")
             except KeyboardInterrupt:
                 raise Interrupted(
-                    "Interrupted while the teacher was asked; what it said is kept. Go on with:\n"
-                    f"  thimble sweep --resume {folder}"
+                    f"Interrupted while the teacher was asked; what it said is kept. {going_on}"
                 ) from None
             job = Job(folder.absolute(), str(recipe), words.fixed, total, caches)
             stopped = run_jobs(hydra, job, arguments, launcher)
     result = Sweep.of(folder, charts.draw(folder))
     if stopped:
         finished = sum(run["status"] == "finished" for run in result.runs)
-        going_on = f"Go on with:\n  thimble sweep --resume {folder}" if grid else ""
         raise Interrupted(
             f"Interrupted; {finished} of {total or 'the'} runs are finished, and what they gave "
             f"is in {folder}. {going_on}".rstrip()
@@ -173,6 +172,12 @@ def check_values(recipe: str, words: Words, grid: bool) -> list[Config]:
         except ConfigError as error:
             error.args = (f"{error}\n(in the run {text(combination)})",)
             raise
+        if config.training.eval_every == 0:
+            raise ConfigError(
+                "A sweep compares its runs by their evaluations, and training.eval_every=0 has "
+                "none. Leave it out, or for one at the end use:\n"
+                f"  training.eval_every={config.training.max_steps}"
+            )
         configs.append(config)
         warnings |= dict.fromkeys(plan(config).warnings)
         if words.choice("launcher") == "basic":  # elsewhere there may be another device

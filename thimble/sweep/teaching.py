@@ -151,7 +151,8 @@ def seen(config: Config) -> np.ndarray:
     rows = open_rows(open_data(config), training.sequence_length, config.seed)
     batch = training.micro_batch_size * training.gradient_accumulation_steps
     count = total_steps(config, rows.count) * batch
-    count += sum(end - begin for begin, end in training.skip_windows)
+    # A step that would touch what is skipped begins after it: up to a batch is passed over, too.
+    count += sum(end - begin + batch - 1 for begin, end in training.skip_windows)
     if count >= rows.count:  # an epoch has all of them
         return np.arange(rows.count)
     return rows.order(0, count)
@@ -168,10 +169,11 @@ def taught(config: Config, caches: Caches) -> Config:
 
 
 def _serves(config: Config, folder: str) -> bool:
-    """Of drawn values a run may want more than any that was looked at."""
+    """Of drawn values a run may want more than any that was looked at, or other rows."""
     from thimble.teachers.cache import TeacherCache
     from thimble.training.distillation import asked_of, within
 
     cache = TeacherCache(folder)
     have, want = cache.asked, within(asked_of(config), cache.description["vocab_size"])
-    return have.k >= want.k and set(want.temperatures) <= set(have.temperatures)
+    enough = have.k >= want.k and set(want.temperatures) <= set(have.temperatures)
+    return enough and bool(cache.filled(seen(config)).all())
