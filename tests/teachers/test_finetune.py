@@ -163,6 +163,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     first = tmp_path / "out" / "checkpoints" / "step-000006"
     assert tune(folder, tmp_path / "out", resume=first).perplexity == expected.perplexity
     assert tune(folder, tmp_path / "out", resume=first, max_steps=2).steps == 6
+    # From an older one on: what is written stays, beside the two that are further.
+    tune(folder, tmp_path / "older", max_steps=3)
+    older = tmp_path / "older" / "checkpoints" / "step-000003"
+    tune(folder, tmp_path / "out", resume=older, max_steps=5)
+    assert (tmp_path / "out" / "checkpoints" / "step-000005").is_dir()
+    with pytest.raises(DataError, match=r"its eval_rows differ"):
+        tune(folder, tmp_path / "out", resume=first, eval_rows=1)
     with pytest.raises(DataError, match=r"another fine-tuning: its rank differ"):
         tune(folder, tmp_path / "out", resume=first, rank=8)
     with pytest.raises(DataError, match=r"its train differ"):

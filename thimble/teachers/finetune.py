@@ -163,6 +163,7 @@ def finetune(
             "rank": options.rank,
             "seed": options.seed,
             "batch_rows": options.batch_rows,
+            "eval_rows": options.eval_rows,  # before and after are of the same ones
         }
         if source is not None:
             check_same(source, who)
@@ -426,7 +427,8 @@ class Run:
                 counts={"parameters": sum(p.numel() for p in self.parameters)},
                 packages=("torch", "transformers", "peft"),
             )
-        checkpoint.prune(checkpoints, KEPT, set())
+        # After going on from an old one there may be later ones: what was just written stays.
+        checkpoint.prune(checkpoints, KEPT, {f"step-{self.state.step:06d}"})
 
     def restore(self, source: Path) -> None:
         from safetensors.torch import load_file
