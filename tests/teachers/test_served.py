@@ -170,6 +170,7 @@ def choice(**values: Any) -> Any:
         (entry(lambda row: {**row, "word": {"logprob": 0}}), "where log probabilities should be"),
         (set_first(math.nan), "no log probabilities"),
         (set_first(3.0), "no log probabilities"),
+        (set_first(1000.0), "no log probabilities"),
         (choice(prompt_logprobs=None), "has no prompt_logprobs"),
         (choice(prompt_token_ids=[1, 2]), "add or cut tokens"),
         (lambda path, answer: [], "has no prompt_logprobs"),

@@ -266,7 +266,7 @@ class ServedTeacher:
         if not 0 <= min(best) <= max(best) < self.vocab_size:
             raise self._wrong(f"names token {max(best)}; the data has {self.vocab_size} of them")
         # What is no number, and what is none of a distribution at temperature 1.
-        if any(math.isnan(v) for v in logs) or sum(map(math.exp, logs)) > 1.01:
+        if any(math.isnan(v) or v > 0.01 for v in logs) or sum(map(math.exp, logs)) > 1.01:
             raise self._wrong("has numbers that are no log probabilities of one distribution")
         return best, [max(v, -1e4) for v in logs]
 
