@@ -66,7 +66,9 @@ def probe(config: Config, micro_batches: list[int], flops_per_token: float) -> l
 
 def _alike(config: Config) -> Config:
     """The same steps, and the same words for them: of conversations whichever they are."""
-    training = config.training.model_copy(update={"load_checkpoint": None})
+    training = config.training.model_copy(
+        update={"load_checkpoint": None, "init_from_teacher": False}
+    )
     teacher = config.teacher.model_copy(update={"cache_logits": False})  # nothing is kept of it
     changed: dict[str, Any] = {"training": training, "teacher": teacher}
     if config.data.path is None or isinstance(open_data(config), Conversations):
@@ -126,7 +128,8 @@ def main() -> None:
     trainer = Trainer(config, data, device, Processes())
     devices.reset_peak_memory(device)
     seconds: list[float] = []
-    while len(seconds) < 1 + STEPS and sum(seconds) < LONGEST:
+    # The first warms up and compiles, so at least one more is timed.
+    while len(seconds) < 2 or (len(seconds) < 1 + STEPS and sum(seconds[1:]) < LONGEST):
         started = time.perf_counter()
         trainer.step()
         trainer.norm.item()  # waits for the device
@@ -134,8 +137,7 @@ def main() -> None:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     memory = devices.memory_bytes(device)
-    timed = seconds[1:] or seconds  # the first warms up, unless it took too long already
-    print(json.dumps({"seconds": statistics.median(timed), "peak_bytes": memory}))
+    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak_bytes": memory}))
 
 
 if __name__ == "__main__":

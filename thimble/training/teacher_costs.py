@@ -81,7 +81,7 @@ def costs(config: Config, rows: int) -> TeacherCosts | None:
     """Of a run whose data have so many rows; None for one that has no teacher."""
     if config.objective.name != "distill":
         return None
-    from thimble.training.distillation import asked_of
+    from thimble.training.distillation import asked_of, within
 
     options, length = config.teacher, config.training.sequence_length
     shape = local_config(config)
@@ -90,8 +90,9 @@ def costs(config: Config, rows: int) -> TeacherCosts | None:
         flops = forward_flops(shape, length)
     position = 0
     if options.mode == "cached" or options.cache_logits:
-        vocabulary = artifacts.read_json(Path(config.data.folder) / artifacts.MANIFEST)
-        position = position_bytes(asked_of(config), vocabulary["vocab_size"])
+        manifest = artifacts.read_json(Path(config.data.folder) / artifacts.MANIFEST)
+        vocabulary = manifest["vocab_size"]
+        position = position_bytes(within(asked_of(config), vocabulary), vocabulary)
     return TeacherCosts(
         options.mode,
         shape.num_parameters if shape is not None else None,
