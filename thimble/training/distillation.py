@@ -49,7 +49,6 @@ class DistillTask(NextTokenTask):
         self.examples = open_examples(config.data.folder, "train", length)
         self.teacher = open_teacher(config, self.examples, device)
         self.blend = blend(config.objective, 0, self.max_steps)
-        self.asked_held_out: Teacher | None = None
         # Cross-entropy, divergence, positions: of the steps since the last record.
         self.sums = torch.zeros(3, device=device)
 
@@ -84,9 +83,7 @@ class DistillTask(NextTokenTask):
 
     def evaluate(self) -> dict[str, Any]:
         """Perplexity as of every language model, likeness to the teacher, calibration."""
-        if self.asked_held_out is None:
-            self.asked_held_out = self.evaluation_teacher()
-        teacher = self.asked_held_out
+        teacher = self.evaluation_teacher
         found = self.measured(
             functools.partial(self.position_scores, teacher),
             agreement.names(teacher=teacher is not None),
@@ -98,6 +95,7 @@ class DistillTask(NextTokenTask):
             "val_calibration_error": agreement.calibration_error(found),
         }
 
+    @functools.cached_property
     def evaluation_teacher(self) -> Teacher | None:
         """Who is asked about held-out text, at temperature 1: the teacher itself. A cache, which is
         of the training text alone, keeps what its teacher says about held-out text, too, who is
