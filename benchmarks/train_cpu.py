@@ -15,6 +15,7 @@ import contextlib
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +92,7 @@ def transformers_contestant(config: Config, data: RandomTokens) -> Callable[[int
     def run(steps: int) -> float:
         clock = Clock()
         arguments = transformers.TrainingArguments(
-            output_dir="/tmp/trainer",
+            output_dir=tempfile.mkdtemp(),
             max_steps=steps + 1,
             per_device_train_batch_size=training.micro_batch_size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,

@@ -45,7 +45,7 @@ class TrainerState:
     step: int = 0  # updates done
     windows: int = 0  # windows or other examples given out: the place in the data
     tokens: int = 0
-    seconds: float = 0.0  # spent training, over all sessions
+    seconds: float = 0.0  # spent training, over all resumes
     best_step: int | None = None
     best_perplexity: float | None = None
     # The record being collected when the checkpoint was written, and the guards' memory.
