@@ -446,7 +446,7 @@ def test_every_key_of_the_old_quickstart_is_understood() -> None:
             more += ["teacher.url=http://localhost:1", "objective.temperature=1"] * (
                 value == "network"
             )
-            wanted = load("distill_direct", [*more, key])
+            wanted = load("distill_direct", [*more, *key.split()])
             assert load("distill_direct", [*more, word]) == wanted
             assert load("distill_direct", [*more, f"--{name.replace('_', '-')}", value]) == wanted
     assert len(rows) > 10
