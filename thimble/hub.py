@@ -185,8 +185,8 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
         if retains:
             position_ids = None  # they turn by their distances alone
             if cache is not None:
-                fresh: Any = model.new_state(len(input_ids), steps=most)
-                state = states_in(cache, list(fresh))
+                rows = len(input_ids)
+                state = states_in(cache, count, lambda: model.new_state(rows, steps=most))
         elif cache is not None or mask is not None:
             if cache is not None:
                 make_room(cache, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils import can_return_tuple
 
 from thimble.errors import ConfigError
 from thimble.models import interop_recursive, interop_retention
-from thimble.models.causal_lm import CausalLM
+from thimble.models.causal_lm import CausalLM, LayerState
 from thimble.models.retention import RetentionState
 
 
@@ -29,7 +30,8 @@ class RetentionLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, state: RetentionState) -> None:
+    def __init__(self, state: LayerState) -> None:
+        assert isinstance(state, RetentionState)
         super().__init__()
         self.state = state
 
@@ -64,18 +66,23 @@ class RetentionLayer(CacheLayerMixin):
         raise ConfigError("What retention has read cannot be taken back.")
 
 
-def states_in(cache: Cache, fresh: list[RetentionState]) -> list[RetentionState]:
-    """The states of a cache, or in an empty one ``fresh`` ones, which it keeps from now on."""
+def states_in(
+    cache: Cache, count: int, fresh: Callable[[], Sequence[LayerState]]
+) -> list[RetentionState]:
+    """The first ``count`` states of a cache, or in an empty one all ``fresh`` ones, which it keeps
+    from now on.
+
+    It may have more: of steps that the halting head spared every row.
+    """
     if not isinstance(cache, DynamicCache):
         raise ConfigError("Retention needs a DynamicCache, which it fills with states of its own.")
-    if cache.get_seq_length() == 0:
-        cache.layers = [RetentionLayer(state) for state in fresh]
-    kept = [layer.state for layer in cache.layers if isinstance(layer, RetentionLayer)]
-    if len(kept) != len(fresh):
-        raise ConfigError(
-            "This cache was filled by another model, or with another number of steps."
-        )
-    return kept
+    past = cache.get_seq_length()
+    if past == 0:
+        cache.layers = [RetentionLayer(state) for state in fresh()]
+    layers = [layer for layer in cache.layers if isinstance(layer, RetentionLayer)][:count]
+    if len(layers) < count or any(layer.state.length != past for layer in layers):
+        raise ConfigError("This cache was filled by another model, or with fewer steps.")
+    return [layer.state for layer in layers]
 
 
 def starts_in(attention_mask: Tensor | None, past: int) -> Tensor | None:
@@ -155,7 +162,8 @@ class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
         past = int(cache.get_seq_length()) if cache is not None else 0
         state: Any = None
         if cache is not None:
-            state = states_in(cache, list(model.new_state(len(input_ids))))
+            count = model.config.num_hidden_layers
+            state = states_in(cache, count, lambda: model.new_state(len(input_ids)))
         hidden = model.hidden(input_ids, state, starts_in(attention_mask, past))
         if isinstance(logits_to_keep, int):
             hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
