@@ -95,8 +95,9 @@ class Slot:
 class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
     """``RecursiveLM`` as transformers wants a model.
 
-    Rows of a batch may be padded on either side (``attention_mask``). Raises ConfigError for a
-    model that sees the future: those of puzzles are for ``thimble evaluate``.
+    Rows of a batch may be padded on either side (``attention_mask``); those of retention on the
+    left, or on the right where nothing follows. Raises ConfigError for a model that sees the
+    future: those of puzzles are for ``thimble evaluate``.
     """
 
     config_class = ThimbleRecursiveConfig
@@ -146,7 +147,8 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
         ``attention_mask`` [B, past + T] is 0 at padding. ``steps``: supervision steps, of all rows
         or of each [B] (default: halt_max_steps); "halting": as many as the halting head asks for
         at the last position. They are the same for all tokens of a cache. Raises ConfigError beyond
-        the context and for a cache or a mask of another kind.
+        the context, for a cache or a mask of another kind, and for padding between tokens that
+        retention has to remember.
         """
         model = self.model
         model.compute_dtype = self.dtype

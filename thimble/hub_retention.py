@@ -86,14 +86,25 @@ def states_in(
 
 
 def starts_in(attention_mask: Tensor | None, past: int) -> Tensor | None:
-    """Where tokens begin after padding: what stands before is not seen. bool [B, T]."""
+    """Where the tokens of a row begin after its padding, which they do not see: bool [B, T].
+
+    Raises ConfigError where padding stands between tokens: a memory cannot leave out what came last
+    and keep what came before.
+    """
     if attention_mask is None or bool(attention_mask.all()):
         return None
     if attention_mask.dim() != 2:
         raise ConfigError("The attention mask must be one number for each token: [B, T].")
     token = attention_mask.bool()
     before = torch.nn.functional.pad(token[:, :-1], (1, 0), value=False)
-    return (token & ~before)[:, past:]
+    starts = token & ~before
+    if bool((starts.sum(1) > 1).any()):
+        raise ConfigError(
+            "Padding stands between the tokens of a row, or between a prompt and what follows it, "
+            "and retention would forget what came before. Pad on the left, with a tokenizer of "
+            'transformers:\n  tokenizer.padding_side = "left"'
+        )
+    return starts[:, past:]
 
 
 def set_missing(module: torch.nn.Module, fresh: torch.nn.Module) -> None:
@@ -112,7 +123,8 @@ class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
     """``CausalLM`` over retention as transformers wants a model.
 
     Its cache is as large after any number of tokens, and its context has no end. Rows may be padded
-    on the left (``attention_mask``).
+    on the left (``attention_mask``), and on the right where nothing follows; padding between tokens
+    is refused.
     """
 
     config_class = ThimbleRetNetConfig
@@ -152,7 +164,7 @@ class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
         none) the cross-entropy of each next token.
 
         ``attention_mask`` [B, past + T] is 0 at padding. Raises ConfigError for a cache or a mask
-        of another kind.
+        of another kind, and for padding between tokens.
         """
         model = self.model
         model.compute_dtype = self.dtype
