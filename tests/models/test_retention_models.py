@@ -266,6 +266,7 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"separate_stacks": True},
     {"single_z": True},
+    {"position_embedding": "none"},
     {"separate_stacks": True, "num_hidden_layers": 1, "bp_cycles": 2, "value_head_dim": 12},
 ]
 
