@@ -7,22 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from thimble.errors import ConfigError
+from thimble.hub_base import ThimbleCausalLM, ThimbleConfig
 from thimble.models import interop_recursive, interop_retention
 from thimble.models.causal_lm import CausalLM, LayerState
 from thimble.models.retention import RetentionState
 
 
-class ThimbleRetNetConfig(PreTrainedConfig):
-    """``ModelConfig``'s keys by their own names, and the ids of special tokens."""
-
+class ThimbleRetNetConfig(ThimbleConfig):
     model_type = interop_retention.MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' attribute)
 
 
 class RetentionLayer(CacheLayerMixin):
@@ -107,19 +105,7 @@ def starts_in(attention_mask: Tensor | None, past: int) -> Tensor | None:
     return starts[:, past:]
 
 
-def set_missing(module: torch.nn.Module, fresh: torch.nn.Module) -> None:
-    """Give a model that was read from files what no file has: tables always, and in a new model
-    the weights."""
-    given = module.state_dict(keep_vars=True)
-    for name, buffer in fresh.named_buffers():
-        if name not in given:
-            module.get_buffer(name).copy_(buffer)
-    for name, tensor in fresh.state_dict().items():
-        if not getattr(given[name], "_is_hf_initialized", False):
-            given[name].copy_(tensor)
-
-
-class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
+class ThimbleRetNetForCausalLM(ThimbleCausalLM):
     """``CausalLM`` over retention as transformers wants a model.
 
     Its cache is as large after any number of tokens, and its context has no end. Rows may be padded
@@ -128,8 +114,7 @@ class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = ThimbleRetNetConfig
-    base_model_prefix = "model"
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+    model: CausalLM
 
     def __init__(self, config: ThimbleRetNetConfig) -> None:
         super().__init__(config)
@@ -137,17 +122,6 @@ class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
         ours = interop_recursive.parse(vars(config), where, interop_retention.MODEL_TYPE)
         self.model = CausalLM(ours)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        if isinstance(module, CausalLM):
-            set_missing(module, CausalLM(module.config).initialize())
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.model.embedding
-
-    def get_output_embeddings(self) -> torch.nn.Module:
-        return self.model.head
 
     @can_return_tuple
     def forward(
@@ -168,21 +142,11 @@ class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
         """
         model = self.model
         model.compute_dtype = self.dtype
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = DynamicCache()
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        state: Any = None
+        cache, past = self._cache_of(past_key_values, use_cache)
+        state = None
         if cache is not None:
             count = model.config.num_hidden_layers
             state = states_in(cache, count, lambda: model.new_state(len(input_ids)))
         hidden = model.hidden(input_ids, state, starts_in(attention_mask, past))
-        if isinstance(logits_to_keep, int):
-            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-        else:
-            hidden = hidden[:, logits_to_keep]
-        logits = model.head(hidden).float()
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **more)
+        logits, loss = self._logits_and_loss(hidden, logits_to_keep, labels, **more)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
