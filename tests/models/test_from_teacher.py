@@ -79,6 +79,24 @@ def test_of_the_same_size_everything_but_the_mixing_is_the_teachers() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"hidden_size": 24}, {"hidden_size": 40}])
+@pytest.mark.parametrize("scale", [1, -1, 0])
+def test_the_gate_begins_nearly_constant_for_any_scale_of_the_norm(
+    scale: float, changes: dict[str, Any]
+) -> None:
+    wise, young = teacher(), student(**changes)
+    blocks: Any = wise.blocks
+    for block in blocks:
+        block.mixer_norm.weight[:4] *= scale
+    begin(young, wise, ids_of())
+    mine: Any = young.blocks[0]
+    x = mine.mixer_norm(F.embedding(ids_of(seed=9), young.embedding.weight))
+    gate = F.linear(x, mine.mixer.qkvg.weight[-32:])
+    assert gate.mean().item() == pytest.approx(OPEN, rel=0.1)
+    assert gate.std() < 0.1 * OPEN
+
+
+@torch.no_grad()
 def test_the_gate_begins_nearly_constant_and_heads_in_their_size() -> None:
     wise, young = teacher(), student()
     begin(young, wise, ids_of())
