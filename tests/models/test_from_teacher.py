@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from tests import helpers_distill
+from tests import helpers_distill, helpers_recursion
 from tests.helpers_distill import config
 from tests.helpers_training import trainer
 from thimble.config.model import ModelConfig
-from thimble.errors import ConfigError
+from thimble.errors import ConfigError, DataError
 from thimble.models.causal_lm import CausalLM
 from thimble.models.from_teacher import OPEN, begin, directions, layers, measure, pairs
+from thimble.training import train
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -202,3 +203,16 @@ def test_through_a_run(tmp_path: Path) -> None:
         config(tmp_path, wise, "training.init_from_teacher=true", *helpers_distill.RECURSIVE)
     with pytest.raises(ConfigError, match=r"teacher\.path"):
         config(tmp_path, None, "training.init_from_teacher=true")
+
+
+def test_a_teacher_of_another_kind_is_refused(tmp_path: Path) -> None:
+    short = "training.max_steps=1"
+    recursive = train(helpers_recursion.instruct(tmp_path / "recursive", short))
+    retention = train(config(tmp_path / "retention", None, short))
+    begins = "training.init_from_teacher=true"
+    for run in (recursive, retention):
+        with pytest.raises(DataError, match=r"a llama or mistral, and the model in .* is none"):
+            trainer(config(tmp_path, run.path, begins))
+    wise = helpers_distill.teacher_in(tmp_path)
+    with pytest.raises(DataError, match="Name the merged checkpoint"):
+        trainer(config(tmp_path, wise, begins, f"teacher.adapter={tmp_path}"))
