@@ -6,8 +6,8 @@ as it was drawn:
     width        the same, or the principal directions of the teacher's hidden states
     layers       evenly spaced ones; where there are too few each comes several times, so much less
     heads        those whose way through the residual stream is the strongest
-    head widths  of queries and keys the rotary pairs nearest in wavelength, of values the
-                 directions that carry the most of what a head writes
+    head widths  of queries and keys evenly spaced rotary pairs, nearest in wavelength where both
+                 have one rope_theta; of values the directions that carry most of what a head writes
     SwiGLU       the inner values of the largest weights
 
 Retention has no softmax: it weighs by q . k, where attention weighs by exp(q . k), about 1 + q . k.
@@ -241,8 +241,8 @@ def _constant(seen: Seen, norm: Tensor, basis: Tensor, width: int, same: bool) -
 
 
 def pairs(wanted: int, there: int) -> tuple[list[int], list[int]]:
-    """Rows of a head of ``wanted`` values, and the rows of one of ``there`` that go into them: the
-    rotary pairs (i, i + half) nearest in wavelength, each once."""
+    """Rows of a head of ``wanted`` values, and the rows of one of ``there`` that go into them:
+    evenly spaced rotary pairs (i, i + half), each once."""
     half, full = wanted // 2, there // 2
     fewer = min(half, full)
     mine = [index * half // fewer for index in range(fewer)]
