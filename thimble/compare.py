@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from thimble import api, artifacts
-from thimble.config.load import load, load_run
+from thimble.config.load import check, load, load_run
 from thimble.config.schema import Config, ModelConfig
 from thimble.console import log
 from thimble.errors import ConfigError, DataError, Interrupted, ThimbleError
@@ -54,8 +54,9 @@ PLAIN = {
     "halt_max_steps": 1,
     "q_continue": False,
 }
-# Retention that runs once is a student as any other.
-PLAIN_RETENTION = {"schedule": "once"}
+# Retention that learns without halting runs once as a student as any other, which has rotary
+# positions.
+PLAIN_RETENTION = {"schedule": "once", "position_embedding": "rope"}
 
 
 def compare(
@@ -121,6 +122,7 @@ def prepared(config: Config, subset_size: int | None = None) -> Config:
         from thimble.evaluation.recursive import empty_split
 
         raise DataError(empty_split(data, "test"))
+    plain_models(config)
     return config
 
 
@@ -151,9 +153,12 @@ def resumable(run: Any) -> Iterator[None]:
 
 
 def plain_models(config: Config) -> dict[str, ModelConfig]:
-    """The plain models to compare with, by name: as near as whole blocks come."""
+    """The plain models to compare with, by name: as near as whole blocks come.
+
+    Raises ConfigError where no plain model can be trained as this one was.
+    """
     model, length = config.model, config.training.sequence_length
-    first, second = (plain(model, layers) for layers in (1, 2))
+    first, second = (plain(config, layers) for layers in (1, 2))
 
     def nearest(wanted: float, one: float, two: float) -> int:
         return max(1, 1 + round((wanted - one) / (two - one)))
@@ -161,21 +166,42 @@ def plain_models(config: Config) -> dict[str, ModelConfig]:
     by_computation = nearest(*(flops_per_token(each, length) for each in (model, first, second)))
     by_parameters = nearest(*(each.num_parameters for each in (model, first, second)))
     if by_computation == by_parameters:
-        return {BOTH: plain(model, by_computation)}
+        return {BOTH: plain(config, by_computation)}
     return {
-        COMPUTATION: plain(model, by_computation),
-        PARAMETERS: plain(model, by_parameters),
+        COMPUTATION: plain(config, by_computation),
+        PARAMETERS: plain(config, by_parameters),
     }
 
 
-def plain(model: ModelConfig, layers: int) -> ModelConfig:
-    return ModelConfig.model_validate({**model.model_dump(), **changes(model, layers)})
+def plain(config: Config, layers: int) -> ModelConfig:
+    tree = config.model_dump()
+    for section, keys in changes(config, layers).items():
+        tree[section] |= keys
+    try:
+        return check(tree).model
+    except ConfigError as error:
+        raise ConfigError(f"There is no plain model to compare with. {error}") from error
 
 
-def changes(model: ModelConfig, layers: int) -> dict[str, Any]:
-    """What makes a recursive model one of so many blocks that run once."""
-    once = PLAIN_RETENTION if model.mixer == "retention" else PLAIN
-    return {**once, "num_hidden_layers": layers}
+def changes(config: Config, layers: int, updates: int = 1) -> dict[str, Any]:
+    """What makes a recursive run one of so many blocks that run once, section by section."""
+    once: dict[str, Any] = PLAIN
+    if config.model.mixer == "retention":
+        halts = config.objective.name == "act"
+        once = PLAIN | {"mixer": "retention"} if halts else PLAIN_RETENTION
+    training: dict[str, Any] = {
+        "max_steps": updates,
+        "max_epochs": None,
+        "load_checkpoint": None,
+        "skip_windows": [],
+    }
+    # Each gets all its updates, also where the data went round until nothing was left to learn.
+    patience = max(config.guards.plateau_steps, updates)
+    return {
+        "model": {**once, "num_hidden_layers": layers},
+        "training": training,
+        "guards": {"plateau_steps": patience},
+    }
 
 
 @dataclass
@@ -223,21 +249,11 @@ class _Comparing:
         for path in reversed(self.there[name]):
             if self.belongs(path, model, updates):
                 return self.finish(path)
-        training: dict[str, Any] = {
-            "max_steps": updates,
-            "max_epochs": None,
-            "load_checkpoint": None,
-            "skip_windows": [],
-        }
-        # Each gets all its updates, also where the data went round until nothing was left to learn.
-        patience = max(self.config.guards.plateau_steps, updates)
         run = api.train(
             self.path,
             retry=self.retry,
             output_dir=str(self.path / FOLDER / KEYS[name]),
-            model=changes(self.config.model, model.num_hidden_layers),
-            training=training,
-            guards={"plateau_steps": patience},
+            **changes(self.config, model.num_hidden_layers, updates),
         )
         return RunFolder(run.path)
 

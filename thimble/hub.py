@@ -6,7 +6,7 @@
     model = AutoModelForCausalLM.from_pretrained("runs/.../checkpoints/step-2000")
     model.generate(ids, max_new_tokens=50)
 
-Nothing is downloaded or unpickled, and no ``trust_remote_code`` is needed: the code is this file.
+Nothing is downloaded or unpickled, and no ``trust_remote_code`` is needed: the code is here.
 Checkpoints of attention that runs once are llama or mistral, and need no import.
 
 ``generate`` gives thimble's own words. Of a recursive model each row takes as many supervision
@@ -24,24 +24,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from thimble.errors import ConfigError
+from thimble.hub_base import ThimbleCausalLM, ThimbleConfig
 from thimble.hub_retention import (
     ThimbleRetNetConfig,
     ThimbleRetNetForCausalLM,
-    set_missing,
     starts_in,
     states_in,
 )
@@ -56,11 +48,8 @@ __all__ = [
 ]
 
 
-class ThimbleRecursiveConfig(PreTrainedConfig):
-    """``ModelConfig``'s keys by their own names, and the ids of special tokens."""
-
+class ThimbleRecursiveConfig(ThimbleConfig):
     model_type = interop_recursive.MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' attribute)
 
 
 @dataclass
@@ -92,17 +81,17 @@ class Slot:
         return keys, values
 
 
-class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
+class ThimbleRecursiveForCausalLM(ThimbleCausalLM):
     """``RecursiveLM`` as transformers wants a model.
 
-    Rows of a batch may be padded on either side (``attention_mask``). Raises ConfigError for a
-    model that sees the future: those of puzzles are for ``thimble evaluate``.
+    Rows of a batch may be padded on either side (``attention_mask``); those of retention on the
+    left, or on the right where nothing follows. Raises ConfigError for a model that sees the
+    future: those of puzzles are for ``thimble evaluate``.
     """
 
     config_class = ThimbleRecursiveConfig
-    base_model_prefix = "model"
     _supports_sdpa = True
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+    model: RecursiveLM
 
     def __init__(self, config: ThimbleRecursiveConfig) -> None:
         super().__init__(config)
@@ -114,18 +103,6 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
             )
         self.model = RecursiveLM(ours)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """Set what no file gave: the rotary table always, the rest in a new model."""
-        if isinstance(module, RecursiveLM):
-            set_missing(module, RecursiveLM(module.config).initialize())
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.model.embedding
-
-    def get_output_embeddings(self) -> torch.nn.Module:
-        return self.model.head
 
     @can_return_tuple
     def forward(
@@ -146,18 +123,16 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
         ``attention_mask`` [B, past + T] is 0 at padding. ``steps``: supervision steps, of all rows
         or of each [B] (default: halt_max_steps); "halting": as many as the halting head asks for
         at the last position. They are the same for all tokens of a cache. Raises ConfigError beyond
-        the context and for a cache or a mask of another kind.
+        the context, for a cache or a mask of another kind, and for padding between tokens that
+        retention has to remember.
         """
         model = self.model
         model.compute_dtype = self.dtype
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = DynamicCache()
-        past = cache.get_seq_length() if cache is not None else 0
+        cache, past = self._cache_of(past_key_values, use_cache)
         mask = starts = None
         retains = model.config.mixer == "retention"
         if retains:
-            starts = starts_in(attention_mask, int(past))
+            starts = starts_in(attention_mask, past)
         elif attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise ConfigError("The attention mask must be one number for each token: [B, T].")
@@ -185,8 +160,8 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
         if retains:
             position_ids = None  # they turn by their distances alone
             if cache is not None:
-                fresh: Any = model.new_state(len(input_ids), steps=most)
-                state = states_in(cache, list(fresh))
+                rows = len(input_ids)
+                state = states_in(cache, count, lambda: model.new_state(rows, steps=most))
         elif cache is not None or mask is not None:
             if cache is not None:
                 make_room(cache, count)
@@ -195,14 +170,7 @@ class ThimbleRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, state, steps=most, positions_bt=position_ids, starts_bt=starts
         )
         hidden, steps_b = self._answers(latents, len(input_ids), most, steps)
-        if isinstance(logits_to_keep, int):
-            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-        else:
-            hidden = hidden[:, logits_to_keep]
-        logits = model.head(hidden).float()
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **more)
+        logits, loss = self._logits_and_loss(hidden, logits_to_keep, labels, **more)
         return RecursiveOutput(loss=loss, logits=logits, past_key_values=cache, steps=steps_b)
 
     def _answers(

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from thimble.errors import ConfigError
+from thimble.hub_base import ThimbleCausalLM, ThimbleConfig
 from thimble.models import interop_recursive, interop_retention
-from thimble.models.causal_lm import CausalLM
+from thimble.models.causal_lm import CausalLM, LayerState
 from thimble.models.retention import RetentionState
 
 
-class ThimbleRetNetConfig(PreTrainedConfig):
-    """``ModelConfig``'s keys by their own names, and the ids of special tokens."""
-
+class ThimbleRetNetConfig(ThimbleConfig):
     model_type = interop_retention.MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' attribute)
 
 
 class RetentionLayer(CacheLayerMixin):
@@ -29,7 +28,8 @@ class RetentionLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, state: RetentionState) -> None:
+    def __init__(self, state: LayerState) -> None:
+        assert isinstance(state, RetentionState)
         super().__init__()
         self.state = state
 
@@ -64,53 +64,57 @@ class RetentionLayer(CacheLayerMixin):
         raise ConfigError("What retention has read cannot be taken back.")
 
 
-def states_in(cache: Cache, fresh: list[RetentionState]) -> list[RetentionState]:
-    """The states of a cache, or in an empty one ``fresh`` ones, which it keeps from now on."""
+def states_in(
+    cache: Cache, count: int, fresh: Callable[[], Sequence[LayerState]]
+) -> list[RetentionState]:
+    """The first ``count`` states of a cache, or in an empty one all ``fresh`` ones, which it keeps
+    from now on.
+
+    It may have more: of steps that the halting head spared every row.
+    """
     if not isinstance(cache, DynamicCache):
         raise ConfigError("Retention needs a DynamicCache, which it fills with states of its own.")
-    if cache.get_seq_length() == 0:
-        cache.layers = [RetentionLayer(state) for state in fresh]
-    kept = [layer.state for layer in cache.layers if isinstance(layer, RetentionLayer)]
-    if len(kept) != len(fresh):
-        raise ConfigError(
-            "This cache was filled by another model, or with another number of steps."
-        )
-    return kept
+    past = cache.get_seq_length()
+    if past == 0:
+        cache.layers = [RetentionLayer(state) for state in fresh()]
+    layers = [layer for layer in cache.layers if isinstance(layer, RetentionLayer)][:count]
+    if len(layers) < count or any(layer.state.length != past for layer in layers):
+        raise ConfigError("This cache was filled by another model, or with fewer steps.")
+    return [layer.state for layer in layers]
 
 
 def starts_in(attention_mask: Tensor | None, past: int) -> Tensor | None:
-    """Where tokens begin after padding: what stands before is not seen. bool [B, T]."""
+    """Where the tokens of a row begin after its padding, which they do not see: bool [B, T].
+
+    Raises ConfigError where padding stands between tokens: a memory cannot leave out what came last
+    and keep what came before.
+    """
     if attention_mask is None or bool(attention_mask.all()):
         return None
     if attention_mask.dim() != 2:
         raise ConfigError("The attention mask must be one number for each token: [B, T].")
     token = attention_mask.bool()
     before = torch.nn.functional.pad(token[:, :-1], (1, 0), value=False)
-    return (token & ~before)[:, past:]
+    starts = token & ~before
+    if bool((starts.sum(1) > 1).any()):
+        raise ConfigError(
+            "Padding stands between the tokens of a row, or between a prompt and what follows it, "
+            "and retention would forget what came before. Pad on the left, with a tokenizer of "
+            'transformers:\n  tokenizer.padding_side = "left"'
+        )
+    return starts[:, past:]
 
 
-def set_missing(module: torch.nn.Module, fresh: torch.nn.Module) -> None:
-    """Give a model that was read from files what no file has: tables always, and in a new model
-    the weights."""
-    given = module.state_dict(keep_vars=True)
-    for name, buffer in fresh.named_buffers():
-        if name not in given:
-            module.get_buffer(name).copy_(buffer)
-    for name, tensor in fresh.state_dict().items():
-        if not getattr(given[name], "_is_hf_initialized", False):
-            given[name].copy_(tensor)
-
-
-class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
+class ThimbleRetNetForCausalLM(ThimbleCausalLM):
     """``CausalLM`` over retention as transformers wants a model.
 
     Its cache is as large after any number of tokens, and its context has no end. Rows may be padded
-    on the left (``attention_mask``).
+    on the left (``attention_mask``), and on the right where nothing follows; padding between tokens
+    is refused.
     """
 
     config_class = ThimbleRetNetConfig
-    base_model_prefix = "model"
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+    model: CausalLM
 
     def __init__(self, config: ThimbleRetNetConfig) -> None:
         super().__init__(config)
@@ -118,17 +122,6 @@ class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
         ours = interop_recursive.parse(vars(config), where, interop_retention.MODEL_TYPE)
         self.model = CausalLM(ours)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        if isinstance(module, CausalLM):
-            set_missing(module, CausalLM(module.config).initialize())
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.model.embedding
-
-    def get_output_embeddings(self) -> torch.nn.Module:
-        return self.model.head
 
     @can_return_tuple
     def forward(
@@ -145,24 +138,15 @@ class ThimbleRetNetForCausalLM(PreTrainedModel, GenerationMixin):
         none) the cross-entropy of each next token.
 
         ``attention_mask`` [B, past + T] is 0 at padding. Raises ConfigError for a cache or a mask
-        of another kind.
+        of another kind, and for padding between tokens.
         """
         model = self.model
         model.compute_dtype = self.dtype
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = DynamicCache()
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        state: Any = None
+        cache, past = self._cache_of(past_key_values, use_cache)
+        state = None
         if cache is not None:
-            state = states_in(cache, list(model.new_state(len(input_ids))))
+            count = model.config.num_hidden_layers
+            state = states_in(cache, count, lambda: model.new_state(len(input_ids)))
         hidden = model.hidden(input_ids, state, starts_in(attention_mask, past))
-        if isinstance(logits_to_keep, int):
-            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-        else:
-            hidden = hidden[:, logits_to_keep]
-        logits = model.head(hidden).float()
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **more)
+        logits, loss = self._logits_and_loss(hidden, logits_to_keep, labels, **more)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)

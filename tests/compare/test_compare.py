@@ -51,6 +51,7 @@ SHAPES = {
     "hrm": shape(separate_stacks=True, num_hidden_layers=4, H_cycles=2, L_cycles=2, bp_cycles=0),
     "single_z": shape(single_z=True, H_cycles=2),
     "mlp": shape(mixer="mlp", causal=False),
+    "retention": shape(mixer="retention"),
     "puzzles": shape(causal=False, puzzle_identifiers=30),
     "hrm_text": shape(inject_input=False, halt_max_steps=1, bp_cycles=3, attention_gate=True),
 }
@@ -58,8 +59,8 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_no_other_number_of_blocks_is_nearer(name: str) -> None:
-    model = SHAPES[name]
-    plains = compare.plain_models(model_config(model))
+    model, config = SHAPES[name], model_config(SHAPES[name])
+    plains = compare.plain_models(config)
 
     def off(measure: Any, plain: ModelConfig) -> float:
         return abs(measure(plain) - measure(model))
@@ -72,11 +73,12 @@ def test_no_other_number_of_blocks_is_nearer(name: str) -> None:
         mine = plains[which]
         for layers in (mine.num_hidden_layers - 1, mine.num_hidden_layers + 1):
             if layers:
-                other = compare.plain(model, layers)
+                other = compare.plain(config, layers)
                 assert off(measure, mine) <= off(measure, other)
         # Every block runs once, with gradients.
         assert mine.blocks_per_step == mine.blocks_with_gradients == mine.num_hidden_layers
-        assert (mine.halt_max_steps, mine.mixer, mine.pre_norm) == (1, "attention", True)
+        assert (mine.halt_max_steps, mine.schedule, mine.pre_norm) == (1, "recursive", True)
+        assert mine.mixer == ("retention" if name == "retention" else "attention")
         assert (mine.causal, mine.puzzle_identifiers) == (model.causal, model.puzzle_identifiers)
 
 
@@ -109,7 +111,8 @@ def test_what_recurs() -> None:
     assert compare.recurs(shape(single_z=True, **{**once, "L_cycles": 2}))
     assert not compare.recurs(shape(single_z=True, **once))
     assert not compare.recurs(shape(separate_stacks=True, **once))
-    assert not any(compare.recurs(compare.plain(model, 5)) for model in SHAPES.values())
+    plains = [compare.plain(model_config(model), 5) for model in SHAPES.values()]
+    assert not any(compare.recurs(plain) for plain in plains)
     assert not compare.recurs(load("slm_nano").model)
 
 
@@ -227,6 +230,15 @@ def test_a_model_without_recursion_is_refused_at_once(trained: list[Any]) -> Non
     with pytest.raises(ConfigError, match="no recursion to compare"):
         api.compare(run=plain)
     assert not trained
+
+
+def test_what_no_plain_model_can_be_trained_like_is_refused_at_once(tmp_path: Path) -> None:
+    begins = ("optim.freeze_weights=true", f"training.load_checkpoint={tmp_path}")
+    config = helpers_recursion.puzzle(tmp_path, *begins)
+    with pytest.raises(
+        ConfigError, match=r"no plain model to compare with\. optim\.freeze_weights"
+    ):
+        compare.prepared(config)
 
 
 def test_without_held_out_examples_nothing_is_trained(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests import helpers_distill, helpers_training
+from tests import helpers_distill, helpers_recursion, helpers_training
 from thimble import api, compare
 from thimble.config.load import load, load_run
 from thimble.config.model import RECURSIVE_KEYS
@@ -96,6 +96,22 @@ def test_the_student_of_two_cores_is_compared_with_retnet_nano() -> None:
         assert getattr(same, key) == getattr(nano, key), key
     assert same.num_parameters == nano.num_parameters
     assert plains[COMPUTATION].num_hidden_layers == 6
+
+
+def test_a_student_that_halts_is_compared_with_one_that_is_taught_alike(tmp_path: Path) -> None:
+    short = ("training.max_steps=2", "training.log_every=1", "training.eval_every=2")
+    config = helpers_recursion.instruct(tmp_path, *helpers_distill.RETENTION, *short)
+    found = api.compare(run=train(config).path)
+    for row in found.rows[1:]:
+        its = load_run(row.run)
+        assert (its.model.mixer, its.model.schedule) == ("retention", "recursive")
+        assert (its.objective, row.updates) == (config.objective, 2)
+
+
+def test_positions_of_any_kind_have_a_plain_student() -> None:
+    mine = load("distill_nano", ["model=retnet_hrm", "model.position_embedding=none"])
+    for plain in compare.plain_models(mine).values():
+        assert (plain.schedule, plain.position_embedding) == ("once", "rope")
 
 
 def test_a_student_that_runs_once_has_no_recursion_to_compare(tmp_path: Path) -> None:

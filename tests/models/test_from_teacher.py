@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from tests import helpers_distill
+from tests import helpers_distill, helpers_recursion
 from tests.helpers_distill import config
 from tests.helpers_training import trainer
 from thimble.config.model import ModelConfig
-from thimble.errors import ConfigError
+from thimble.errors import ConfigError, DataError
 from thimble.models.causal_lm import CausalLM
 from thimble.models.from_teacher import OPEN, begin, directions, layers, measure, pairs
+from thimble.training import train
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -76,6 +77,24 @@ def test_of_the_same_size_everything_but_the_mixing_is_the_teachers() -> None:
         assert torch.equal(own[8:], copied[8:])  # values
         fast = [0, 1, 2, 4, 5, 6]  # of the slowest pair there is a constant
         assert torch.equal(own[:8, fast], copied[:8, fast])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"hidden_size": 24}, {"hidden_size": 40}])
+@pytest.mark.parametrize("scale", [1, -1, 0])
+def test_the_gate_begins_nearly_constant_for_any_scale_of_the_norm(
+    scale: float, changes: dict[str, Any]
+) -> None:
+    wise, young = teacher(), student(**changes)
+    blocks: Any = wise.blocks
+    for block in blocks:
+        block.mixer_norm.weight[:4] *= scale
+    begin(young, wise, ids_of())
+    mine: Any = young.blocks[0]
+    x = mine.mixer_norm(F.embedding(ids_of(seed=9), young.embedding.weight))
+    gate = F.linear(x, mine.mixer.qkvg.weight[-32:])
+    assert gate.mean().item() == pytest.approx(OPEN, rel=0.1)
+    assert gate.std() < 0.1 * OPEN
 
 
 @torch.no_grad()
@@ -184,3 +203,16 @@ def test_through_a_run(tmp_path: Path) -> None:
         config(tmp_path, wise, "training.init_from_teacher=true", *helpers_distill.RECURSIVE)
     with pytest.raises(ConfigError, match=r"teacher\.path"):
         config(tmp_path, None, "training.init_from_teacher=true")
+
+
+def test_a_teacher_of_another_kind_is_refused(tmp_path: Path) -> None:
+    short = "training.max_steps=1"
+    recursive = train(helpers_recursion.instruct(tmp_path / "recursive", short))
+    retention = train(config(tmp_path / "retention", None, short))
+    begins = "training.init_from_teacher=true"
+    for run in (recursive, retention):
+        with pytest.raises(DataError, match=r"a llama or mistral, and the model in .* is none"):
+            trainer(config(tmp_path, run.path, begins))
+    wise = helpers_distill.teacher_in(tmp_path)
+    with pytest.raises(DataError, match="Name the merged checkpoint"):
+        trainer(config(tmp_path, wise, begins, f"teacher.adapter={tmp_path}"))

@@ -13,14 +13,22 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import thimble.hub as hub
+from tests.models import test_recursive
 from tests.models.test_interop_recursive import save
-from tests.models.test_recursive import CAUSAL, HRM_TEXT, PUZZLE, SINGLE, ids_of, model_of, small
+from tests.models.test_recursive import HRM_TEXT, PUZZLE, SINGLE, ids_of, model_of, small
 from thimble.errors import ConfigError
 from thimble.generation.sampling import generate_ids
 from thimble.models import interop
 from thimble.models.recursive import RecursiveLM
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9, "pad_token_id": 0}
+RETENTION: dict[str, Any] = {
+    "mixer": "retention",
+    "num_key_value_heads": 4,
+    "retention_horizons": [4, 64],
+    "retention_chunk": 8,
+}
+CAUSAL = [*test_recursive.CAUSAL, RETENTION]
 
 
 def words(rows: int = 2, time: int = 20, seed: int = 1) -> torch.Tensor:
@@ -40,6 +48,13 @@ def both(directory: Path, **changes: Any) -> tuple[RecursiveLM, hub.ThimbleRecur
     theirs = AutoModelForCausalLM.from_pretrained(save(ours, directory))
     assert isinstance(theirs, hub.ThimbleRecursiveForCausalLM)
     return ours, theirs
+
+
+def wide(directory: Path, **changes: Any) -> tuple[RecursiveLM, hub.ThimbleRecursiveForCausalLM]:
+    """``both`` in float64: a recursion of retention makes much of what is rounded."""
+    ours, theirs = both(directory, **changes)
+    ours.double().compute_dtype = torch.float64
+    return ours, theirs.double()
 
 
 def greedy_of_ours(model: RecursiveLM, prompt: list[int], **more: Any) -> list[int]:
@@ -74,7 +89,7 @@ def test_the_same_logits_loss_and_gradients(
 def test_greedy_words_are_ours_with_and_without_a_cache(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    ours, theirs = both(tmp_path, **changes)
+    ours, theirs = wide(tmp_path, **changes)
     depths = {int(theirs(words(1, 6, seed), steps="halting").steps) for seed in range(20)}
     for seed in range(5):
         ids = words(1, 6, seed)
@@ -87,6 +102,26 @@ def test_greedy_words_are_ours_with_and_without_a_cache(
     assert len(depths) > 1 or ours.config.halt_max_steps == 1
 
 
+@pytest.mark.parametrize("changes", [{}, RETENTION])
+def test_rows_that_halt_at_different_early_steps(changes: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = wide(tmp_path, **changes, halt_max_steps=5)
+    ids = words(40, 6, 3)
+    depths = theirs(ids, steps="halting").steps
+    few = sorted({*depths.tolist()} - {5})[:2]
+    assert len(few) == 2  # and the cache has states of steps that no row takes
+    ids = torch.stack([ids[depths == depth][0] for depth in few])
+    got = theirs.generate(ids, **GREEDY)
+    assert torch.equal(theirs.generate(ids, use_cache=False, **GREEDY), got)
+    for row, depth, one in zip(ids, few, got, strict=True):
+        wanted = greedy_of_ours(ours, row.tolist())
+        assert one[6:].tolist() == wanted
+        whole = row.tolist()
+        for _ in wanted:
+            logits = ours(torch.tensor([whole]), steps=depth)
+            whole.append(int(logits[0, -1].argmax()))
+        assert whole[6:] == wanted
+
+
 @torch.no_grad()
 def test_a_cache_has_a_slot_for_every_block_of_every_call(tmp_path: Path) -> None:
     ours, theirs = both(tmp_path)
@@ -96,6 +131,24 @@ def test_a_cache_has_a_slot_for_every_block_of_every_call(tmp_path: Path) -> Non
     assert len(cache.layers) == 3 * ours.config.blocks_per_step
     assert all(layer.get_seq_length() == 12 for layer in cache.layers)
     torch.testing.assert_close(torch.cat(got, 1), wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_retention_has_a_state_for_every_block_of_every_call(tmp_path: Path) -> None:
+    ours, theirs = wide(tmp_path, **RETENTION)
+    each = ours.config.blocks_per_step
+    cache, made = DynamicCache(), []
+    new_state = theirs.model.new_state
+    theirs.model.new_state = lambda *a, **more: (made.append(1), new_state(*a, **more))[1]
+    wanted = theirs(words(2, 12)).logits
+    parts = words(2, 12).split([5, 4, 1, 1, 1], 1)
+    got = [theirs(part, past_key_values=cache).logits for part in parts]
+    torch.testing.assert_close(torch.cat(got, 1), wanted, atol=1e-5, rtol=1e-5)
+    assert [layer.get_seq_length() for layer in cache.layers] == [12] * 3 * each
+    assert len(made) == 1  # the later calls have the states of the first
+    theirs(words(2, 1), past_key_values=cache, steps=2)  # fewer steps take some of the states
+    with pytest.raises(ConfigError, match="fewer steps"):
+        theirs(words(2, 1), past_key_values=cache)  # whose others have not seen that token
 
 
 def test_generation_reads_every_token_once(tmp_path: Path) -> None:

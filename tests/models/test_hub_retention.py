@@ -96,6 +96,20 @@ def test_a_cache_does_not_grow_and_padding_changes_nothing(checkpoint: Path) -> 
     assert torch.equal(beams, theirs.generate(short, num_beams=3, use_cache=False, **GREEDY))
 
 
+@torch.no_grad()
+def test_padding_between_tokens_is_refused_and_after_them_is_nothing(checkpoint: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
+    short = ids_of(1, 5)
+    ids, mask = F.pad(short, (0, 3), value=9), F.pad(torch.ones_like(short), (0, 3))
+    right = theirs(ids, attention_mask=mask).logits[:, :5]
+    torch.testing.assert_close(right, theirs(short).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match='padding_side = "left"'):
+        theirs.generate(ids, attention_mask=mask, **GREEDY)
+    mask[0, 6] = 1
+    with pytest.raises(ConfigError, match="Padding stands between the tokens"):
+        theirs(ids, attention_mask=mask)
+
+
 def test_a_cache_of_another_kind_is_refused(checkpoint: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
     with pytest.raises(ConfigError, match="DynamicCache"):

@@ -103,6 +103,7 @@ def test_the_configuration_knows_the_parameters(changes: dict[str, Any]) -> None
         ({"num_key_value_heads": 2}, "model.num_key_value_heads=4"),
         ({"retention_horizons": [9.0, 3.0]}, r"model.retention_horizons=\[3,9\]"),
         ({"causal": False, "schedule": "recursive"}, "model.mixer=attention"),
+        ({"position_embedding": "learned", "schedule": "recursive"}, "position_embedding=none"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -265,6 +266,7 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"separate_stacks": True},
     {"single_z": True},
+    {"position_embedding": "none"},
     {"separate_stacks": True, "num_hidden_layers": 1, "bp_cycles": 2, "value_head_dim": 12},
 ]
 

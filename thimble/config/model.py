@@ -192,6 +192,12 @@ class ModelConfig(Section):
                 f"model.retention_horizons=[{fastest:g},{slowest:g}] must grow. Use:\n"
                 f"  model.retention_horizons=[{slowest:g},{fastest:g}]"
             )
+        if self.position_embedding == "learned":
+            raise ValueError(
+                "model.position_embedding=learned ends with the context, and the memory of "
+                "model.mixer=retention goes on beyond it. Use one of:\n"
+                "  model.position_embedding=rope\n  model.position_embedding=none"
+            )
         if not self.causal:
             raise ValueError(
                 "model.mixer=retention sees only the past. Use one of:\n"

@@ -53,8 +53,7 @@ class StudentReader:
     def __init__(self, model: Model) -> None:
         self.network: Network = model.network
         self.device = model.device
-        config = model.config
-        endless = config.mixer == "retention" and config.position_embedding != "learned"
+        endless = model.config.mixer == "retention"
         self.made_for = None if endless else model.config.max_position_embeddings
         self.most = math.inf if endless else model.config.max_position_embeddings
 

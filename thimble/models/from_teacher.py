@@ -6,8 +6,8 @@ as it was drawn:
     width        the same, or the principal directions of the teacher's hidden states
     layers       evenly spaced ones; where there are too few each comes several times, so much less
     heads        those whose way through the residual stream is the strongest
-    head widths  of queries and keys the rotary pairs nearest in wavelength, of values the
-                 directions that carry the most of what a head writes
+    head widths  of queries and keys evenly spaced rotary pairs, nearest in wavelength where both
+                 have one rope_theta; of values the directions that carry most of what a head writes
     SwiGLU       the inner values of the largest weights
 
 Retention has no softmax: it weighs by q . k, where attention weighs by exp(q . k), about 1 + q . k.
@@ -33,6 +33,7 @@ from torch import Tensor
 from thimble.errors import ConfigError
 from thimble.models.attention import Attention
 from thimble.models.causal_lm import CausalLM
+from thimble.models.layers import plain_norm
 from thimble.models.retention import Retention
 
 OPEN = 2.0  # where silu is nearly linear and far from shut
@@ -42,7 +43,7 @@ RIDGE = 1e-3
 @dataclass(frozen=True)
 class Seen:
     """What was measured of a layer: mean [D] and second moment [D, D] of the mixer's normalised
-    input, and the second moment of each head's output [H, C, C]."""
+    input before the norm's scale, and the second moment of each head's output [H, C, C]."""
 
     mean: Tensor
     moment: Tensor
@@ -114,14 +115,13 @@ def measure(teacher: CausalLM, ids_bt: Tensor) -> tuple[Tensor, list[Seen]]:
     for block in teacher.blocks:
         mixer: Any = block.mixer
         states += _moment(x)
-        normed = block.mixer_norm(x)  # type: ignore[operator]
+        flat = plain_norm(x, teacher.config.rms_norm_eps).flatten(0, 1).double()
         given: list[Tensor] = []
         handle = mixer.output.register_forward_pre_hook(
             lambda _, inputs, given=given: given.append(inputs[0])
         )
         x = block(x, rope)
         handle.remove()
-        flat = normed.flatten(0, 1).double()
         heads = given[0].flatten(0, 1).unflatten(-1, (mixer.num_heads, mixer.head_dim))
         outputs = torch.einsum("nhc,nhe->hce", heads, heads) / len(heads)
         seen.append(Seen(flat.mean(0), flat.t() @ flat / len(flat), outputs))
@@ -232,18 +232,17 @@ def _thin_svd(tall: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _constant(seen: Seen, norm: Tensor, basis: Tensor, width: int, same: bool) -> Tensor:
     """The row whose product with the student's input is 1, as nearly as it can be; float64."""
-    moment, mean = seen.moment, seen.mean
-    if not same:  # the student's input is the teacher's, before its scale, along the basis
-        scale = (basis.double() / norm.double()[:, None].clamp(min=1e-6)).t()
-        ratio = width / len(norm)
-        moment, mean = scale @ moment @ scale.t() * ratio, scale @ mean * ratio**0.5
+    # Of another width, the student's input lies along the basis, and its norm has no scale yet.
+    along = basis.double().t() * (width / len(norm)) ** 0.5
+    scale = norm.double().diag() if same else along
+    moment, mean = scale @ seen.moment @ scale.t(), scale @ seen.mean
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(mean), dtype=moment.dtype)
     return torch.linalg.solve(moment + ridge, mean)
 
 
 def pairs(wanted: int, there: int) -> tuple[list[int], list[int]]:
-    """Rows of a head of ``wanted`` values, and the rows of one of ``there`` that go into them: the
-    rotary pairs (i, i + half) nearest in wavelength, each once."""
+    """Rows of a head of ``wanted`` values, and the rows of one of ``there`` that go into them:
+    evenly spaced rotary pairs (i, i + half), each once."""
     half, full = wanted // 2, there // 2
     fewer = min(half, full)
     mine = [index * half // fewer for index in range(fewer)]

@@ -353,9 +353,12 @@ class RecursiveLM(nn.Module):
         if state:
             steps = len(state) // each
         x = self.embed(ids_bt, puzzles_b, places)
-        rope = rotary_rows(self.rope_2sc, past, x.shape[1], self.config.rope_theta)
         if positions_bt is not None:
             rope = self.rope_2sc[:, positions_bt][:, :, None]
+        elif self.config.position_embedding == "rope":
+            rope = rotary_rows(self.rope_2sc, past, x.shape[1], self.config.rope_theta)
+        else:  # by nothing, also beyond the context
+            rope = self.rope_2sc[:, :1].expand(-1, x.shape[1], -1)
         z = self.initial_latents(x.shape[0], x.shape[1])
         for step in range(steps or self.config.halt_max_steps):
             z = tuple(latent.detach() for latent in z)

@@ -37,13 +37,17 @@ def _as_teacher(model: CausalLM, config: Config, data: Any) -> None:
     directory, wanted = teacher_folder(config.teacher.path or ""), config.training.sequence_length
     check_vocabulary(directory, open_examples(config.data.folder, "train", wanted))
     teacher = interop.load_model(directory)
-    if config.teacher.adapter is not None or teacher.config.mixer != "attention":
+    if not isinstance(teacher, CausalLM) or teacher.config.mixer != "attention":
         raise DataError(
-            f"A student can begin with the weights of a llama or mistral that is whole, not of "
-            f"{directory} with {config.teacher.adapter or 'its mixer'}. Name the merged "
-            "checkpoint with teacher.path, without teacher.adapter."
+            "A student can begin with the weights of a llama or mistral, and the model in "
+            f"{directory} is none."
         )
-    assert isinstance(teacher, CausalLM)
+    if config.teacher.adapter is not None:
+        raise DataError(
+            "A student can begin with the weights of a teacher that is whole, not of "
+            f"{directory} with {config.teacher.adapter}. Name the merged checkpoint with "
+            "teacher.path, without teacher.adapter."
+        )
     length = min(wanted, teacher.config.max_position_embeddings)
     rows = open_rows(data, wanted, config.seed)
     ids = rows.batch(0, max(1, 4096 // wanted)).inputs[:, :length]
