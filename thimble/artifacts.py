@@ -207,6 +207,24 @@ def write_manifest(
     return manifest
 
 
+def kind(directory: str | Path) -> str | None:
+    """What an artefact is, by its manifest; None where there is none, as beside the puzzles of
+    other programs. Raises DataError for a manifest that is not ours."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if not isinstance(found, str):
+        raise DataError(
+            f"{directory} is the work of another program: its {MANIFEST} names no kind. Make it "
+            "again of its texts (`thimble tokens build`; of JSONL or parquet also `thimble tokens "
+            "pack`), its conversations (`thimble conversations build`) or its puzzles (`thimble "
+            "puzzles build`)."
+        )
+    return found
+
+
 def read_manifest(directory: str | Path, kind: str, *, make: str) -> dict[str, Any]:
     """The manifest of an artefact of ``kind``; ``make`` is the command that produces one.
 

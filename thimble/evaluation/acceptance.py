@@ -214,8 +214,7 @@ def _measured(
 
 def packed(folder: str | Path) -> bool:
     """Whether a data folder holds packed chunks."""
-    manifest = Path(folder) / artifacts.MANIFEST
-    return manifest.is_file() and artifacts.read_json(manifest).get("kind") == packing.KIND
+    return artifacts.kind(folder) == packing.KIND
 
 
 def stored(run: str | Path) -> Acceptance | None:

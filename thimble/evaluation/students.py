@@ -47,8 +47,7 @@ def open_rows(
 ) -> TokenSplit | PackedChunks:
     """Held-out text: a split of a tokens folder, or of packed chunks of ``length``, which hold out
     one only."""
-    manifest = Path(folder) / artifacts.MANIFEST
-    if not manifest.is_file() or artifacts.read_json(manifest).get("kind") != packing.KIND:
+    if artifacts.kind(folder) != packing.KIND:
         return TokenSplit(folder, split)
     if split == "test":
         notes.append(f"{folder} holds out one split, val, and training looked at it, too.")

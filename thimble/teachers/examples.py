@@ -52,8 +52,7 @@ def open_examples(directory: str | Path, split: str, length: int | None) -> Exam
     Raises ConfigError where a length is needed and not given, DataError where it is not that of
     the chunks, or where the folder is neither.
     """
-    manifest = Path(directory) / artifacts.MANIFEST
-    if manifest.is_file() and artifacts.read_json(manifest).get("kind") == packing.KIND:
+    if artifacts.kind(directory) == packing.KIND:
         return PackedExamples(directory, split, length)
     if length is None:
         raise ConfigError(

@@ -30,7 +30,7 @@ def ready(config: Config) -> Config:
     """
     if config.dataset.name is not None and config.data.path is None:
         config = _tokenized(config)
-    elif config.objective.name == "act" and _kind(config.data.folder) != "conversations":
+    elif config.objective.name == "act" and artifacts.kind(config.data.folder) != "conversations":
         config = _of_puzzles(config)
     if config.objective.name != "act" and config.training.eval_every:
         open_data(config, "val")  # a run that cannot be judged says so now, not after hours
@@ -85,7 +85,7 @@ def open_data(config: Config, split: str = "train") -> Any:
     """
     if config.objective.name != "act":
         return _tokens(config, split)
-    if _kind(config.data.folder) == "conversations":
+    if artifacts.kind(config.data.folder) == "conversations":
         return _conversations(config)
     return _puzzles(config, split)
 
@@ -97,13 +97,7 @@ def separated(config: Config) -> bool:
 
     if config.objective.name == "act" or config.data.path is None:
         return False
-    return config.model.mixer == "retention" or _kind(config.data.folder) == KIND
-
-
-def _kind(folder: str) -> str | None:
-    manifest = Path(folder) / artifacts.MANIFEST
-    found = artifacts.read_json(manifest) if manifest.is_file() else {}
-    return found.get("kind") if isinstance(found, dict) else None
+    return config.model.mixer == "retention" or artifacts.kind(config.data.folder) == KIND
 
 
 def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
@@ -114,17 +108,12 @@ def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
 
     folder, other = config.data.folder, config.data.val_path
     data: TokenSplit | PackedChunks
-    if (Path(folder) / artifacts.MANIFEST).is_file() and _kind(folder) is None:
-        raise DataError(
-            f"{folder} is the work of another program. Pack its texts, as JSONL or parquet, again:"
-            f"\n  {packed.MAKE}"
-        )
     if not Path(folder).exists():
         raise DataError(
             f"There are no tokens at {folder}. Make them of a corpus, or of JSONL files:\n"
             f"  {shards.MAKE}\n  {packed.MAKE}"
         )
-    if _kind(folder) == KIND:
+    if artifacts.kind(folder) == KIND:
         length = config.training.sequence_length
         if split == "val" and other is not None:
             paths = [str(Path(path).resolve()) for path in (folder, other)]
@@ -184,7 +173,7 @@ def _conversations(config: Config) -> Conversations:
 def _puzzles(config: Config, split: str) -> Split:
     from thimble.puzzles.loader import Split
 
-    kind = _kind(config.data.folder)
+    kind = artifacts.kind(config.data.folder)
     if kind not in (None, "puzzles"):
         raise DataError(
             f"{config.data.path} holds {kind}, and objective.name=act learns from conversations or "
