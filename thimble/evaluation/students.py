@@ -17,18 +17,19 @@ from thimble import artifacts
 from thimble.config.schema import Config
 from thimble.console import progress
 from thimble.errors import DataError, EnvironmentProblem
-from thimble.evaluation import agreement
-from thimble.evaluation.perplexity import BATCH_TOKENS, evaluate_split, perplexity
+from thimble.evaluation import agreement, perplexity
+from thimble.evaluation.perplexity import BATCH_TOKENS, evaluate_split
 from thimble.generation.model import Model
 from thimble.models.retention import document_starts
 from thimble.objectives.linear_cross_entropy import chunk_rows, token_losses, token_scores
 from thimble.objectives.sparse_targets import likeliest
-from thimble.teachers import Asked, Examples, Teacher, open_examples
+from thimble.teachers import Asked, Examples, PackedExamples, Teacher, WindowExamples
 from thimble.teachers.direct import DirectTeacher, open_direct
 from thimble.teachers.models import LoadedModel, find, identity
 from thimble.tokens import packing
 from thimble.tokens.packed import PackedChunks
 from thimble.tokens.shards import TokenSplit
+from thimble.training.data import open_data
 from thimble.training.distillation import teacher_folder
 from thimble.training.rows import evaluate_chunks
 
@@ -54,6 +55,32 @@ def open_rows(
     return PackedChunks(folder, "val", length=length)
 
 
+def held_out(
+    directory: Path, config: Config, split: str, notes: list[str]
+) -> TokenSplit | PackedChunks:
+    """Held-out text of a checkpoint's run: a split of its tokens folder, or the packed chunks that
+    training is judged by, of ``data.val_path`` where there is one.
+
+    Raises DataError when the data it was trained on are missing, or were made again since.
+    """
+    manifest = artifacts.read_json(directory / artifacts.MANIFEST)
+    if artifacts.kind(config.data.folder) != packing.KIND:
+        return perplexity.held_out(directory, manifest, config, split)
+    training = PackedChunks(config.data.folder, length=config.training.sequence_length)
+    perplexity.check_trained_on(training, directory, manifest)
+    data: PackedChunks = open_data(config, "val")
+    if split == "test":
+        notes.append(f"{data.directory} is what training was judged by; there is no other split.")
+    return data
+
+
+def is_val_path(config: Config, folder: str | Path) -> bool:
+    """Whether this is the folder that training was judged by, beside the one it learned from."""
+    paths = [config.data.val_path, config.data.path, folder]
+    val, own, this = (None if path is None else Path(path).resolve() for path in paths)
+    return this == val != own
+
+
 def measure(
     model: Model, data: TokenSplit | PackedChunks, length: int, teacher: Teacher | None
 ) -> dict[str, Any]:
@@ -71,7 +98,7 @@ def measure(
     score = functools.partial(_scores, model, teacher, apart)
     rows = max(BATCH_TOKENS // length, 1)
     with progress(
-        f"{data.split} perplexity", len(data), "chunks" if apart else "tokens"
+        f"{data.split or 'val'} perplexity", len(data), "chunks" if apart else "tokens"
     ) as advance:
         if isinstance(data, PackedChunks):
 
@@ -98,7 +125,7 @@ def measure(
         for name in agreement.BIN_NAMES:
             del part[name]
         if TEACHER_LOSS in part:
-            part["teacher_perplexity"] = perplexity(part[TEACHER_LOSS])
+            part["teacher_perplexity"] = perplexity.perplexity(part[TEACHER_LOSS])
             part["teacher_bits_per_byte"] = _bits_per_byte(part[TEACHER_LOSS], part)
     return figures
 
@@ -186,18 +213,23 @@ def find_teacher(
     is another one by now, or nobody says which it was. Raises what ``teachers`` raise for a named
     one that does not fit.
     """
-    split = data.split or "val"
     if named is not None:
         folder = teacher_folder(str(named))
-        examples = open_examples(data.directory, split, length)
+        examples = _examples(data, length)
         return Found(_open(folder, examples, config, None, device), str(folder))
     if config is None or config.objective.name != "distill":
         return None
     try:
-        return _own(directory, config, open_examples(data.directory, split, length), device)
+        return _own(directory, config, _examples(data, length), device)
     except (DataError, EnvironmentProblem) as error:
         notes.append(f"Not held against its teacher: {str(error).splitlines()[0]}")
         return None
+
+
+def _examples(data: TokenSplit | PackedChunks, length: int) -> Examples:
+    if isinstance(data, PackedChunks):
+        return PackedExamples(data.directory, data.split, length)
+    return WindowExamples(data.directory, data.split, length)
 
 
 def _own(directory: Path, config: Config, examples: Examples, device: torch.device) -> Found:
