@@ -13,6 +13,7 @@ from tests import helpers_training
 from tests.helpers_cli import Command
 from tests.helpers_distill import config, packed_in, teacher_in
 from tests.helpers_evaluation import best
+from tests.teachers.server import TinyServer
 from thimble import api
 from thimble.artifacts import read_json, write_json
 from thimble.errors import ConfigError, DataError
@@ -93,6 +94,15 @@ def test_a_teacher_that_cannot_be_asked_is_told_of(
         evaluated(student, split="val", teacher=tmp_path / "gone")
     with pytest.raises(ConfigError, match="--needle, --context"):
         evaluated(student, lengths=[8])
+
+
+def test_a_server_is_a_teacher_by_its_address(student: Path, teacher: Path) -> None:
+    with TinyServer(teacher) as server:
+        served = evaluated(student, split="val", teacher=server.url)
+        named = evaluated(student, split="val", teacher=teacher)
+    assert served.teacher == server.url
+    for name in ("teacher_kl", "teacher_agreement"):
+        assert served.figures[name] == pytest.approx(named.figures[name], rel=2e-2), name
 
 
 def test_another_folder_that_training_was_judged_by(

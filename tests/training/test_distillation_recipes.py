@@ -16,7 +16,7 @@ from thimble.config.load import load
 from thimble.config.schema import OptimConfig
 from thimble.errors import DataError
 from thimble.sweep.words import Words
-from thimble.training.distillation import teacher_folder
+from thimble.teachers.models import find
 from thimble.training.optimizer import schedule
 
 # The documents' own line.
@@ -110,11 +110,11 @@ def test_the_newest_run_of_a_recipe_is_a_teacher(
     shutil.copytree(teacher, runs / "20260101-000000-aaaaaa/checkpoints/step-000001")
     (runs / "20260101-000000-aaaaaa/checkpoints/latest").write_text("step-000001\n")
     # The newest has no checkpoint yet.
-    assert teacher_folder(str(runs)).parts[-3] == "20260101-000000-aaaaaa"
-    assert teacher_folder(str(teacher)) == teacher
+    assert find(str(runs)).parts[-3] == "20260101-000000-aaaaaa"
+    assert find(str(teacher)) == teacher
     assert load("distill_nano").teacher.path == "runs/slm_nano"
     with pytest.raises(DataError, match="thimble train slm_nano"):
-        teacher_folder("runs/slm_nano")
+        find("runs/slm_nano")
 
 
 def test_plateau_between_warm_up_and_cosine() -> None:

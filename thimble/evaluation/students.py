@@ -24,13 +24,14 @@ from thimble.models.retention import document_starts
 from thimble.objectives.linear_cross_entropy import chunk_rows, token_losses, token_scores
 from thimble.objectives.sparse_targets import likeliest
 from thimble.teachers import Asked, Examples, PackedExamples, Teacher, WindowExamples
-from thimble.teachers.direct import DirectTeacher, open_direct
+from thimble.teachers.direct import DirectTeacher
 from thimble.teachers.models import LoadedModel, find, identity
+from thimble.teachers.named import open_teacher
 from thimble.tokens import packing
 from thimble.tokens.packed import PackedChunks
 from thimble.tokens.shards import TokenSplit
 from thimble.training.data import open_data
-from thimble.training.distillation import teacher_folder
+from thimble.training.distillation import answering
 from thimble.training.rows import evaluate_chunks
 
 ACCURACIES = ["top1_accuracy", "top5_accuracy"]
@@ -214,9 +215,12 @@ def find_teacher(
     one that does not fit.
     """
     if named is not None:
-        folder = teacher_folder(str(named))
         examples = _examples(data, length)
-        return Found(_open(folder, examples, config, None, device), str(folder))
+        k = config.teacher.topk if config is not None else TOPK
+        precision = config.precision if config is not None else "auto"
+        asked = Asked(min(k, examples.vocab_size))
+        teacher = open_teacher(named, examples, asked, device=device, precision=precision)
+        return Found(teacher, _name(teacher, str(named)))
     if config is None or config.objective.name != "distill":
         return None
     try:
@@ -234,40 +238,20 @@ def _examples(data: TokenSplit | PackedChunks, length: int) -> Examples:
 
 def _own(directory: Path, config: Config, examples: Examples, device: torch.device) -> Found:
     options = config.teacher
-    if options.mode == "served":
-        from thimble.teachers.served import ServedTeacher
-
-        assert options.url is not None
-        asked = Asked(min(options.topk, examples.vocab_size))
-        served = ServedTeacher(options.url, examples, asked, model=options.path)
-        return Found(served, options.url)
-    if options.path is None:
-        raise DataError(
-            f"{options.cache} holds what one said of the training text alone, and no teacher.path "
-            "says who. Name it with --teacher."
-        )
-    adapter = None if options.adapter is None else Path(options.adapter)
-    about = directory / ABOUT
-    known = artifacts.read_json(about)["identity"] if about.is_file() else None
-    folder = teacher_folder(options.path)
-    if known is not None and identity(folder, adapter) != known:
-        # Of a recipe's runs the newest counts, which may be newer than the student.
-        others = [path.parent.parent for path in Path(options.path).glob("*/checkpoints/latest")]
-        same = [each for each in map(find, others) if identity(each, adapter) == known]
-        if not same:
+    if options.mode != "served":
+        if options.path is None:
+            raise DataError(
+                f"{options.cache} holds what one said of the training text alone, and no "
+                "teacher.path says who. Name it with --teacher."
+            )
+        about, folder = directory / ABOUT, find(options.path)
+        adapter = None if options.adapter is None else Path(options.adapter)
+        if about.is_file() and identity(folder, adapter) != artifacts.read_json(about)["identity"]:
             raise DataError(f"{folder} is not the one it learned from. Name one with --teacher.")
-        folder = same[0]
-    return Found(_open(folder, examples, config, adapter, device), str(folder))
+    asked = Asked(min(options.topk, examples.vocab_size))
+    teacher = answering(config, examples, asked, device)
+    return Found(teacher, _name(teacher, options.url or ""))
 
 
-def _open(
-    folder: Path,
-    examples: Examples,
-    config: Config | None,
-    adapter: Path | None,
-    device: torch.device,
-) -> DirectTeacher:
-    k = config.teacher.topk if config is not None else TOPK
-    asked = Asked(min(k, examples.vocab_size))
-    precision = config.precision if config is not None else "auto"
-    return open_direct(folder, examples, asked, adapter=adapter, device=device, precision=precision)
+def _name(teacher: Teacher, given: str) -> str:
+    return str(teacher.loaded.folder) if isinstance(teacher, DirectTeacher) else given

@@ -99,13 +99,14 @@ def ask(runs: Sequence[Config]) -> dict[str, Any]:
     from thimble.teachers.direct import DirectTeacher
     from thimble.teachers.fill import fill, home
     from thimble.training import devices
-    from thimble.training.distillation import direct_teacher, held_out_rows
+    from thimble.training.distillation import answering, held_out_rows
 
     first = runs[0]
     device = devices.resolve_device(first.device)
     examples = open_examples(first.data.folder, "train", first.training.sequence_length)
     asked = union(runs, examples.vocab_size)
-    teacher = direct_teacher(first, examples, asked, device)
+    teacher = answering(first, examples, asked, device)
+    assert isinstance(teacher, DirectTeacher)
     folder = home(first.data.folder, "train", examples, teacher)
     if first.teacher.cache_logits:
         folder = Path(first.teacher.cache or folder)
