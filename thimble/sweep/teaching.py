@@ -92,8 +92,7 @@ def check(config: Config) -> None:
 def ask(runs: Sequence[Config]) -> dict[str, Any]:
     """Fill the cache that serves all of ``runs``: rows they will see, and what they hold out.
 
-    Returns what then is to be said of their teacher. A recipe's newest run is named as the one it
-    is now, since there may be a newer one before the sweep ends.
+    Returns what then is to be said of their teacher.
     """
     from thimble.teachers import held_out
     from thimble.teachers.direct import DirectTeacher
@@ -127,9 +126,7 @@ def ask(runs: Sequence[Config]) -> dict[str, Any]:
         len(runs), f"{made.positions:,}", asked.k, "draws" if asked.sampled else "likeliest",
         ", ".join(f"{t:g}" for t in asked.temperatures), made.bytes / 1e6, folder,
     )  # fmt: skip
-    name = first.teacher.path or ""
-    path = str(teacher.loaded.folder) if Path(name).exists() else name
-    return {"mode": "cached", "cache_logits": False, "cache": str(folder), "path": path}
+    return {"mode": "cached", "cache_logits": False, "cache": str(folder)}
 
 
 def union(runs: Sequence[Config], vocabulary: int) -> Asked:

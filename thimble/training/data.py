@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import multiprocessing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ PUZZLE_KEYS = ("vocab_size", "max_position_embeddings", "puzzle_identifiers")
 
 def ready(config: Config) -> Config:
     """The configuration of a run whose data are there: conversations are tokenized, if they are
-    not yet, and of puzzles the model takes alphabet, length and identifiers.
+    not yet, of puzzles the model takes alphabet, length and identifiers, and a teacher that is a
+    run, or the newest one of a recipe, is the checkpoint it is now: resumed, the run keeps it.
 
     Raises DataError or ConfigError when something is missing or does not fit.
     """
@@ -32,9 +34,31 @@ def ready(config: Config) -> Config:
         config = _tokenized(config)
     elif config.objective.name == "act" and artifacts.kind(config.data.folder) != "conversations":
         config = _of_puzzles(config)
+    config = with_teacher(config, teachers_now([config]))
     if config.objective.name != "act" and config.training.eval_every:
         open_data(config, "val")  # a run that cannot be judged says so now, not after hours
     return config
+
+
+def teachers_now(configs: Iterable[Config]) -> dict[str, str]:
+    """Each ``teacher.path`` to learn from that is on this machine, and the folder it means now."""
+    from thimble.teachers.models import find
+
+    names = {c.teacher.path for c in configs if _has_teacher(c) and c.teacher.path is not None}
+    return {name: str(find(name)) for name in sorted(names) if Path(name).exists()}
+
+
+def with_teacher(config: Config, known: Mapping[str, str]) -> Config:
+    """The run with the teacher that its ``teacher.path`` meant when ``teachers_now`` looked."""
+    path = config.teacher.path
+    if not _has_teacher(config) or path is None or known.get(path, path) == path:
+        return config
+    teacher = config.teacher.model_copy(update={"path": known[path]})
+    return config.model_copy(update={"teacher": teacher})
+
+
+def _has_teacher(config: Config) -> bool:
+    return config.objective.name == "distill" or config.training.init_from_teacher
 
 
 def _tokenized(config: Config) -> Config:
