@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from thimble.console import log
 from thimble.errors import DISK_FULL, DataError, EnvironmentProblem, disk_problem
 
 MANIFEST = "manifest.json"
@@ -282,8 +283,8 @@ def is_current(directory: str | Path, kind: str, inputs: Any, options: Mapping[s
 
 
 @contextlib.contextmanager
-def locked(directory: str | Path, what: str) -> Iterator[None]:
-    """Hold a directory for one process; a second one gets a clear EnvironmentProblem.
+def locked(directory: str | Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a directory for one process; a second one gets a clear EnvironmentProblem, or waits.
 
     The lock is the kernel's (flock): it goes with the process, however that ends.
     """
@@ -298,10 +299,13 @@ def locked(directory: str | Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise EnvironmentProblem(
-                f"Process {owner} is writing to {what} {directory}. "
-                "Wait for it to end, or choose another folder."
-            ) from None
+            if not wait:
+                raise EnvironmentProblem(
+                    f"Process {owner} is writing to {what} {directory}. "
+                    "Wait for it to end, or choose another folder."
+                ) from None
+            log.info("waiting for process %s, which is writing to %s %s", owner, what, directory)
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

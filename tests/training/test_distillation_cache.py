@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from tests.helpers_training import state_of, timeless
 from tests.teachers.helpers import examples
 from thimble.errors import DataError
 from thimble.sweep import teaching
-from thimble.teachers import models
-from thimble.teachers.direct import DirectTeacher
+from thimble.teachers import Asked, held_out, models
+from thimble.teachers.direct import DirectTeacher, open_direct
 from thimble.teachers.held_out import HeldOutRows
 from thimble.training import train
 from thimble.training.run import Run
@@ -108,6 +111,33 @@ def test_a_cache_is_not_mixed(teacher: Path, tmp_path: Path, change: str) -> Non
     )
     with pytest.raises(DataError, match=said):
         train(config(tmp_path, other, *words), resume=first.path)
+
+
+def test_two_runs_keep_what_is_said_of_held_out_text_once(teacher: Path, tmp_path: Path) -> None:
+    rows = HeldOutRows(examples())
+    rows.note(torch.arange(48).view(4, 12), torch.zeros(4, 12, dtype=torch.int64), None)
+    direct = open_direct(teacher, examples(), Asked(4), device=torch.device("cpu"))
+    asked, begun = [0, 0], threading.Event()
+
+    class Slow:
+        asked, identity, precision = direct.asked, direct.identity, direct.precision
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def targets(self, numbers: Sequence[int], *rest: Any) -> Any:
+            begun.set()
+            time.sleep(0.3)
+            asked[self.number] += len(numbers)
+            return direct.targets(numbers, *rest)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(held_out.keep, tmp_path, rows, Slow(0))
+        assert begun.wait(10)
+        second = pool.submit(held_out.keep, tmp_path, rows, Slow(1))
+        assert first.result() == second.result()
+    assert asked == [4, 0]
+    assert held_out.find(tmp_path, rows, Asked(4), direct.identity) is not None
 
 
 def test_rows_with_nothing_to_predict_are_known_and_filling_is_any() -> None:

@@ -44,11 +44,13 @@ def fill(
     batch_positions: int = 8192,
     made_by: dict[str, Any] | None = None,
     rows: np.ndarray | None = None,
+    wait: bool = False,
 ) -> Filled:
     """Ask for what is not there yet, and for what is damaged; then write the manifest.
 
     ``rows``: the numbers of those that are wanted, by default all; without the others there is no
-    manifest. Interrupted or killed at any moment, the same call goes on where it was.
+    manifest. Interrupted or killed at any moment, the same call goes on where it was. ``wait`` for
+    another process that is filling it, and take what that one has asked.
     """
     wanted = np.arange(examples.count) if rows is None else np.unique(rows)
     cache = TeacherCache.create(
@@ -60,7 +62,7 @@ def fill(
         precision=getattr(teacher, "precision", None),
         rows=len(wanted),
     )
-    with artifacts.locked(directory, "the teacher cache"):
+    with artifacts.locked(directory, "the teacher cache", wait=wait):
         if damaged := cache.forget_damaged():
             log.warning("%s: %d rows are damaged and are asked again", directory, damaged)
         missing = wanted[~cache.filled(wanted)]
