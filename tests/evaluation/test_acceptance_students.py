@@ -11,6 +11,8 @@ from tests import helpers_distill
 from tests.helpers_distill import config
 from tests.helpers_training import timeless
 from thimble import api
+from thimble.artifacts import MANIFEST, read_json
+from thimble.config.load import load_run
 from thimble.errors import ConfigError
 from thimble.evaluation.acceptance import accept
 from thimble.training import train
@@ -36,6 +38,8 @@ def test_a_student_of_packed_chunks(student: Run) -> None:
     best = min(r["val_perplexity"] for r in timeless(student.path) if "val_perplexity" in r)
     assert result.evaluation["perplexity"] == pytest.approx(best, rel=1e-4)
     assert result.evaluation["bits_per_byte"] > 0
+    packed = read_json(Path(load_run(student.path).data.folder) / MANIFEST)
+    assert result.evaluation["documents"] == packed["counts"]["val"]["documents"]
     assert len(result.samples) == 8
     assert result.ladder == []
     assert any("No ladder of baselines" in note for note in result.notes)

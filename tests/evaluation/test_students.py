@@ -125,6 +125,7 @@ def test_another_folder_that_training_was_judged_by(
         assert (found.tokens, found.split) == (tmp_path / "b", "val")
         for name in ("loss", "tokens", "teacher_kl", "teacher_agreement"):
             assert found.figures[name] == pytest.approx(last[f"val_{name}"], rel=1e-4), name
+        assert found.figures["documents"] == 4  # of 21
         assert any("judged by" in note for note in found.notes)
         assert not any("not known here" in note for note in found.notes)
     assert trained_on == [mine] * 3

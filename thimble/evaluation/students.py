@@ -177,15 +177,16 @@ def _bits_per_byte(nats: float, figures: dict[str, Any]) -> float:
 
 
 def _sizes(chunks: PackedChunks, model: Model) -> dict[str, int]:
-    """Bytes of the decoded targets, and documents that begin."""
-    size = documents = 0
+    """Bytes of the decoded targets, and documents that count, each once in however many chunks."""
+    left_out = np.zeros(0, np.uint64) if chunks.exclude is None else chunks.exclude
+    documents = np.setdiff1d(chunks.document_hashes(), left_out, assume_unique=True)
+    size = 0
     for first in range(0, len(chunks), AT_ONCE):
         batch = chunks.rows(np.arange(first, min(first + AT_ONCE, len(chunks))))
-        documents += int(batch.starts.sum())
         for targets in batch.targets:
             ids = targets[(targets >= 0) & (targets != chunks.eot_id)]
             size += len(model.tokenizer.decode(ids.tolist()).encode())
-    return {"bytes": size, "documents": documents}
+    return {"bytes": size, "documents": len(documents)}
 
 
 # ---------------------------------------------------------------------------------- the teacher
