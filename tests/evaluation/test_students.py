@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from tests.helpers_evaluation import best
 from tests.teachers.server import TinyServer
 from thimble import api
 from thimble.artifacts import read_json, write_json
+from thimble.config.load import load_run
 from thimble.errors import ConfigError, DataError
 from thimble.evaluation import evaluate as module
 from thimble.evaluation.acceptance import accept
 from thimble.evaluation.context import measure
 from thimble.evaluation.evaluate import Evaluation
 from thimble.evaluation.reading import StudentReader, TeacherReader, answer, prompt
+from thimble.export.model_card import model_card
 from thimble.teachers.models import load as load_teacher
 from thimble.tokens.packing import pack
 from thimble.training import train
@@ -132,7 +135,10 @@ def test_another_folder_that_training_was_judged_by(
     other = evaluated(run.path, tokens=mine)
     assert other.figures["tokens"] != found.figures["tokens"]
     assert any("not known here" in note for note in other.notes)
-    assert accept(run.path).evaluation["tokens"] == last["val_tokens"]
+    result = accept(run.path)
+    assert result.evaluation["tokens"] == last["val_tokens"]
+    ratios = re.findall(r"tokens pack .* --val-ratio (\S+)", model_card(result, load_run(run.path)))
+    assert ratios == ["0.2", "0"]
 
 
 # ------------------------------------------------------------------------------ reading and costs
