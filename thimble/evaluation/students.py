@@ -21,11 +21,10 @@ from thimble.evaluation import agreement, perplexity
 from thimble.evaluation.perplexity import BATCH_TOKENS, evaluate_split
 from thimble.generation.model import Model
 from thimble.models.retention import document_starts
-from thimble.objectives.linear_cross_entropy import chunk_rows, token_losses, token_scores
-from thimble.objectives.sparse_targets import likeliest
+from thimble.objectives.sparse_targets import SparseTargets, likeliest
 from thimble.teachers import Asked, Examples, PackedExamples, Teacher, WindowExamples
 from thimble.teachers.direct import DirectTeacher
-from thimble.teachers.models import LoadedModel, find, identity
+from thimble.teachers.models import find, identity
 from thimble.teachers.named import open_teacher
 from thimble.tokens import packing
 from thimble.tokens.packed import PackedChunks
@@ -34,7 +33,6 @@ from thimble.training.data import open_data
 from thimble.training.distillation import answering
 from thimble.training.rows import evaluate_chunks
 
-ACCURACIES = ["top1_accuracy", "top5_accuracy"]
 TEACHER_LOSS = "teacher_loss"
 TOPK = 512  # tokens told apart of a teacher that no configuration asks
 ABOUT = "teacher.json"
@@ -93,7 +91,7 @@ def measure(
     token. Of packed chunks there are no categories, and ``bytes`` are those of the decoded targets.
     """
     apart = isinstance(data, PackedChunks)
-    columns = [*ACCURACIES, *agreement.names(teacher=teacher is not None)]
+    columns = agreement.names(teacher=teacher is not None)
     if isinstance(teacher, DirectTeacher):
         columns.append(TEACHER_LOSS)
     score = functools.partial(_scores, model, teacher, apart)
@@ -145,31 +143,35 @@ def _scores(
     else:
         begin = starts
     hidden, head = model.network.hidden(inputs, starts_bt=begin), model.network.head.weight
-    found = [token_scores(hidden, head, targets)]
-    said: Any = None
-    others = []
     begin = starts if apart else None
+    said: Any = None
+    theirs = []
     if isinstance(teacher, DirectTeacher):
-        theirs = teacher.loaded.hidden(inputs, begin)
-        loaded = teacher.loaded
-        said = likeliest(theirs, loaded.head, teacher.asked.k, (1.0,), loaded.finish)
-        others.append(_losses(theirs, loaded, targets)[..., None])
+        said, losses = _said(teacher, inputs, begin, targets)
+        theirs.append(losses[..., None])
     elif teacher is not None:
         said = teacher.targets(range(len(inputs)), inputs, begin)
-    found.append(agreement.position_scores(hidden, head, targets, said)[..., 1:])
-    return torch.cat([*found, *others], dim=-1)
+    return torch.cat([agreement.position_scores(hidden, head, targets, said), *theirs], dim=-1)
 
 
-def _losses(hidden: Tensor, loaded: LoadedModel, targets: Tensor) -> Tensor:
-    if loaded.finish is None:
-        return token_losses(hidden, loaded.head, targets)
-    rows = chunk_rows(hidden.device, len(loaded.head))
-    parts = zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
-    losses = [
-        F.cross_entropy(loaded.finish((part @ loaded.head.t()).float()), wanted, reduction="none")
-        for part, wanted in parts
-    ]
-    return torch.cat(losses).view(targets.shape)
+def _said(
+    teacher: DirectTeacher, inputs: Tensor, starts: Tensor | None, targets: Tensor
+) -> tuple[SparseTargets, Tensor]:
+    """What a loaded teacher says at temperature 1, and its own loss at each target: of the same
+    logits, which are there a chunk of positions at a time."""
+    loaded, wanted = teacher.loaded, targets.flatten()
+    losses: list[Tensor] = []
+
+    def finish(logits: Tensor) -> Tensor:
+        logits = logits if loaded.finish is None else loaded.finish(logits)
+        done = sum(map(len, losses))
+        here = wanted[done : done + len(logits)]
+        losses.append(F.cross_entropy(logits, here, reduction="none"))
+        return logits
+
+    hidden = loaded.hidden(inputs, starts)
+    said = likeliest(hidden, loaded.head, teacher.asked.k, (1.0,), finish)
+    return said, torch.cat(losses).view(targets.shape)
 
 
 def _bits_per_byte(nats: float, figures: dict[str, Any]) -> float:
