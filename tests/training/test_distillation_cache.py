@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -10,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,10 +25,11 @@ from tests.teachers.helpers import examples
 from thimble.errors import DataError
 from thimble.sweep import teaching
 from thimble.teachers import Asked, held_out, models
+from thimble.teachers.cache import TeacherCache
 from thimble.teachers.direct import DirectTeacher, open_direct
 from thimble.teachers.held_out import HeldOutRows
 from thimble.training import train
-from thimble.training.run import Run
+from thimble.training.run import Run, RunFolder
 
 SCHEDULES = ["objective.temperature_start=4", "objective.distill_alpha_start=0.9"]
 
@@ -95,6 +100,49 @@ def test_what_is_recorded_is_not_asked_again(
     assert len(asked) == len(set(asked)) == 6 * 4
     train(config(tmp_path, teacher, *words, "training.max_steps=8"), resume=first.path)
     assert len(asked) == len(set(asked)) == 8 * 4
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from tests.helpers_distill import config
+from thimble.training import train
+rows, pwrite = [], os.pwrite
+def killed(file, data, at):
+    rows.append(at)
+    if len(rows) == 4 * 6 + 2:  # the second row of the seventh step, and half of it
+        pwrite(file, data[:len(data) // 2], at)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pwrite(file, data, at)
+os.pwrite = killed
+train(config(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]))
+"""
+
+
+def test_killed_while_it_records_and_resumed_equals_uninterrupted(
+    teacher: Path, tmp_path: Path
+) -> None:
+    """A step that is made again learns from the cache what it learned from the teacher."""
+    chosen = [*SCHEDULES, "teacher.cache_logits=true", "training.save_every=4"]
+    chosen += ["training.log_every=1", "training.eval_every=12"]
+
+    def words(name: str) -> list[str]:
+        return [*chosen, f"teacher.cache={tmp_path / name / 'cache'}"]
+
+    whole = train(config(tmp_path / "whole", teacher, *words("whole")))
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), str(teacher)]
+    done = subprocess.run([*command, *words("killed")], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    run = next((tmp_path / "killed/slm_nano").iterdir())
+    assert RunFolder(run).records()[-1]["step"] == 6
+    again = train(config(tmp_path / "killed", teacher, *words("killed")), resume=run)
+    assert again.latest is not None
+    assert whole.latest is not None
+    assert state_of(again.latest) == state_of(whole.latest)
+    assert timeless(again.path) == timeless(whole.path)
+    caches = [TeacherCache(tmp_path / name / "cache") for name in ("whole", "killed")]
+    assert caches[1].forget_damaged() == 0
+    assert np.array_equal(*(cache.index for cache in caches))
 
 
 @pytest.mark.parametrize("change", ["teacher", "precision", "question"])
