@@ -19,6 +19,7 @@ from thimble.config.schema import OptimConfig
 from thimble.errors import DataError
 from thimble.sweep.words import Words
 from thimble.teachers.models import find
+from thimble.training.data import teachers_now
 from thimble.training.optimizer import schedule
 
 # The documents' own line.
@@ -109,12 +110,18 @@ def test_the_newest_run_of_a_recipe_is_a_teacher(
     runs = tmp_path / "runs"
     newest_run(teacher, runs / "20260101-000000-aaaaaa")
     (runs / "20260102-000000-bbbbbb" / "checkpoints").mkdir(parents=True)
+    named = ["objective.name=distill", f"teacher.path={runs}"]
+    assert list(teachers_now([load("distill_direct", named)])) == [str(runs)]
+    served = ["teacher.mode=served", "teacher.url=http://localhost:1", "objective.temperature=1"]
+    assert teachers_now([load("distill_direct", [*named, *served])]) == {}  # the server's name
     # The newest has no checkpoint yet.
     assert find(str(runs)).parts[-3] == "20260101-000000-aaaaaa"
     assert find(str(teacher)) == teacher
     assert load("distill_nano").teacher.path == "runs/slm_nano"
     with pytest.raises(DataError, match="thimble train slm_nano"):
         find("runs/slm_nano")
+    with pytest.raises(DataError, match="no model at"):  # a checkpoint that is gone
+        find("runs/slm_nano/20260101-000000-aaaaaa/checkpoints/step-000001")
 
 
 def test_a_resumed_run_keeps_its_teacher_though_there_is_a_newer_one(

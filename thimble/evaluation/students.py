@@ -244,8 +244,7 @@ def _own(directory: Path, config: Config, examples: Examples, device: torch.devi
     if options.mode != "served":
         if options.path is None:
             raise DataError(
-                f"{options.cache} holds what one said of the training text alone, and no "
-                "teacher.path says who. Name it with --teacher."
+                f"no teacher.path says whose words {options.cache} holds. Name it with --teacher."
             )
         about, folder = directory / ABOUT, find(options.path)
         adapter = None if options.adapter is None else Path(options.adapter)

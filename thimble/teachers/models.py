@@ -83,7 +83,7 @@ def find(name: str | Path) -> Path:
             return checkpoint.resolve(run.parent)
     if Path(name).exists():
         return checkpoint.resolve(name)
-    if Path(name).parts[:1] == ("runs",):
+    if Path(name).parts[:-1] == ("runs",):
         raise DataError(
             f"There is no run in {name} to learn from. Train a teacher on the same data.path "
             f"first, or name one with teacher.path:\n  thimble train {Path(name).name} "

@@ -27,9 +27,8 @@ def open_teacher(
 ) -> Teacher:
     """A server by its address, or what ``models.find`` finds, loaded here.
 
-    ``served_model``: which one of
-    a server that has several. Raises what ``ServedTeacher`` and ``open_direct`` raise, and
-    ConfigError for options of the one given to the other.
+    ``served_model``: which one of a server that has several. Raises what ``ServedTeacher`` and
+    ``open_direct`` raise, and ConfigError for options of the one given to the other.
     """
     if re.match(r"https?://", str(name)):
         if adapter is not None or ram_disk:

@@ -58,6 +58,8 @@ def with_teacher(config: Config, known: Mapping[str, str]) -> Config:
 
 
 def _has_teacher(config: Config) -> bool:
+    if config.teacher.mode == "served":  # by a name that is the server's
+        return False
     return config.objective.name == "distill" or config.training.init_from_teacher
 
 
