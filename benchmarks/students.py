@@ -41,10 +41,10 @@ from thimble.models.retention import document_starts
 from thimble.teachers.asked import Asked
 from thimble.teachers.direct import open_direct
 from thimble.teachers.examples import open_examples
+from thimble.teachers.models import find
 from thimble.tokens.shards import SPLITS, SplitWriter, TokenSplit
 from thimble.training.data import open_data, ready
 from thimble.training.devices import describe, resolve_device
-from thimble.training.distillation import teacher_folder
 from thimble.training.distributed import Processes
 from thimble.training.loop import Trainer
 from thimble.training.run import RunFolder
@@ -396,7 +396,7 @@ def main() -> None:
         eval_every=options.eval_every or every,
         eval_tokens=options.eval_tokens or (20_000 if options.part not in STEPS else 60_000),
         test_tokens=options.test_tokens,
-        teacher=teacher_folder(options.teacher),
+        teacher=find(options.teacher),
         runs=options.runs,
         output=options.output,
         finetune={

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from thimble.console import log
 from thimble.errors import DISK_FULL, DataError, EnvironmentProblem, disk_problem
 
 MANIFEST = "manifest.json"
@@ -207,6 +208,24 @@ def write_manifest(
     return manifest
 
 
+def kind(directory: str | Path) -> str | None:
+    """What an artefact is, by its manifest; None where there is none, as beside the puzzles of
+    other programs. Raises DataError for a manifest that is not ours."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if not isinstance(found, str):
+        raise DataError(
+            f"{directory} is the work of another program: its {MANIFEST} names no kind. Make it "
+            "again of its texts (`thimble tokens build`; of JSONL or parquet also `thimble tokens "
+            "pack`), its conversations (`thimble conversations build`) or its puzzles (`thimble "
+            "puzzles build`)."
+        )
+    return found
+
+
 def read_manifest(directory: str | Path, kind: str, *, make: str) -> dict[str, Any]:
     """The manifest of an artefact of ``kind``; ``make`` is the command that produces one.
 
@@ -264,8 +283,8 @@ def is_current(directory: str | Path, kind: str, inputs: Any, options: Mapping[s
 
 
 @contextlib.contextmanager
-def locked(directory: str | Path, what: str) -> Iterator[None]:
-    """Hold a directory for one process; a second one gets a clear EnvironmentProblem.
+def locked(directory: str | Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a directory for one process; a second one gets a clear EnvironmentProblem, or waits.
 
     The lock is the kernel's (flock): it goes with the process, however that ends.
     """
@@ -280,10 +299,13 @@ def locked(directory: str | Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise EnvironmentProblem(
-                f"Process {owner} is writing to {what} {directory}. "
-                "Wait for it to end, or choose another folder."
-            ) from None
+            if not wait:
+                raise EnvironmentProblem(
+                    f"Process {owner} is writing to {what} {directory}. "
+                    "Wait for it to end, or choose another folder."
+                ) from None
+            log.info("waiting for process %s, which is writing to %s %s", owner, what, directory)
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -195,7 +195,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each such task.")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Whom it is held against; default: whom it learned from.")
+        str | None, typer.Option(help="Folder, run, hub or server; default: whom it learned from.")
     ] = None,
     needle: Annotated[
         bool, typer.Option("--needle", help="Facts hidden in held-out text, by depth and length.")

@@ -134,9 +134,8 @@ def recurs(model: ModelConfig) -> bool:
 
 
 def kind_of(config: Config) -> str:
-    manifest = Path(config.data.folder) / artifacts.MANIFEST
     # Puzzles of other programs have no manifest.
-    return artifacts.read_json(manifest)["kind"] if manifest.is_file() else "puzzles"
+    return artifacts.kind(config.data.folder) or "puzzles"
 
 
 @contextlib.contextmanager

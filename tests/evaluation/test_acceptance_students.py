@@ -11,8 +11,11 @@ from tests import helpers_distill
 from tests.helpers_distill import config
 from tests.helpers_training import timeless
 from thimble import api
+from thimble.artifacts import MANIFEST, read_json
+from thimble.config.load import load_run
 from thimble.errors import ConfigError
 from thimble.evaluation.acceptance import accept
+from thimble.export.model_card import model_card
 from thimble.training import train
 from thimble.training.run import Run
 
@@ -36,15 +39,19 @@ def test_a_student_of_packed_chunks(student: Run) -> None:
     best = min(r["val_perplexity"] for r in timeless(student.path) if "val_perplexity" in r)
     assert result.evaluation["perplexity"] == pytest.approx(best, rel=1e-4)
     assert result.evaluation["bits_per_byte"] > 0
+    packed = read_json(Path(load_run(student.path).data.folder) / MANIFEST)
+    assert result.evaluation["documents"] == packed["counts"]["val"]["documents"]
     assert len(result.samples) == 8
     assert result.ladder == []
     assert any("No ladder of baselines" in note for note in result.notes)
     assert json.loads((student.path / "acceptance.json").read_text())["ladder"] == []
-    if result.accepted:
-        card = (result.checkpoint / "README.md").read_text()
-        assert "heads of retention" in card
-        assert "import thimble.hub" in card
-        assert "thimble tokens pack" in card
+    card = " ".join(model_card(result, load_run(student.path)).split())
+    assert "heads of retention" in card
+    assert "import thimble.hub" in card
+    assert "--recursive --max-seq-length 16 --val-ratio 0.2 --tokenizer ." in card
+    assert "trained on 16 tokens at a time" in card
+    assert "at most" not in card
+    assert "context" not in card
     with pytest.raises(ConfigError, match="--split val"):
         accept(student.path, split="test")
     assert api.report(student.path).path.is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ import torch
 
 from tests import helpers_training
 from tests.helpers_cli import Command
-from tests.helpers_distill import config, teacher_in
+from tests.helpers_distill import config, packed_in, teacher_in
 from tests.helpers_evaluation import best
+from tests.teachers.server import TinyServer
 from thimble import api
 from thimble.artifacts import read_json, write_json
+from thimble.config.load import load_run
 from thimble.errors import ConfigError, DataError
 from thimble.evaluation import evaluate as module
+from thimble.evaluation.acceptance import accept
 from thimble.evaluation.context import measure
 from thimble.evaluation.evaluate import Evaluation
 from thimble.evaluation.reading import StudentReader, TeacherReader, answer, prompt
+from thimble.export.model_card import model_card
 from thimble.teachers.models import load as load_teacher
+from thimble.tokens.packing import pack
 from thimble.training import train
 
 
@@ -91,6 +97,48 @@ def test_a_teacher_that_cannot_be_asked_is_told_of(
         evaluated(student, split="val", teacher=tmp_path / "gone")
     with pytest.raises(ConfigError, match="--needle, --context"):
         evaluated(student, lengths=[8])
+
+
+def test_a_server_is_a_teacher_by_its_address(student: Path, teacher: Path) -> None:
+    with TinyServer(teacher) as server:
+        served = evaluated(student, split="val", teacher=server.url)
+        named = evaluated(student, split="val", teacher=teacher)
+    assert served.teacher == server.url
+    for name in ("teacher_kl", "teacher_agreement"):
+        assert served.figures[name] == pytest.approx(named.figures[name], rel=2e-2), name
+
+
+def test_another_folder_that_training_was_judged_by(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it that is not trained on counts, whether it is named or not."""
+    monkeypatch.chdir(tmp_path)
+    mine, words = packed_in(tmp_path), ["training.max_steps=4", "evaluation.max_tokens=null"]
+    lines = (tmp_path / "in/a.jsonl").read_text().splitlines(keepends=True)
+    Path("b.jsonl").write_text("".join([*lines[:20], '{"text": "the kernel loads a disk"}\n' * 9]))
+    options: dict[str, Any] = {"tokenizer": helpers_training.token_directory(), "val_ratio": 0}
+    pack(Path("b.jsonl"), Path("b"), workers=1, max_seq_length=helpers_training.WINDOW, **options)
+    run = train(config(tmp_path, teacher, *words, f"data.path={mine}", "data.val_path=b"))
+    last = [record for record in run.metrics if "val_teacher_kl" in record][-1]
+    trained_on: list[Path] = []
+    known = lambda model, text: trained_on.append(text.directory) or frozenset()  # noqa: E731
+    monkeypatch.setattr(module, "known_words", known)
+    for options in ({}, {"tokens": "b"}, {"tokens": tmp_path / "b"}):
+        found = evaluated(run.path, **options)
+        assert (found.tokens, found.split) == (tmp_path / "b", "val")
+        for name in ("loss", "tokens", "teacher_kl", "teacher_agreement"):
+            assert found.figures[name] == pytest.approx(last[f"val_{name}"], rel=1e-4), name
+        assert found.figures["documents"] == 4  # of 21
+        assert any("judged by" in note for note in found.notes)
+        assert not any("not known here" in note for note in found.notes)
+    assert trained_on == [mine] * 3
+    other = evaluated(run.path, tokens=mine)
+    assert other.figures["tokens"] != found.figures["tokens"]
+    assert any("not known here" in note for note in other.notes)
+    result = accept(run.path)
+    assert result.evaluation["tokens"] == last["val_tokens"]
+    ratios = re.findall(r"tokens pack .* --val-ratio (\S+)", model_card(result, load_run(run.path)))
+    assert ratios == ["0.2", "0"]
 
 
 # ------------------------------------------------------------------------------ reading and costs

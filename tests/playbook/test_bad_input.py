@@ -120,6 +120,8 @@ def test_a_parquet_without_the_columns(refused: Refused) -> None:
     pyarrow.parquet.write_table(table, "theirs/metamath/shard_0000.parquet")
     write_json(Path("theirs/manifest.json"), {"max_seq_length": LENGTH, "splits": {}})
     refused.student("data.path=theirs teacher.path=teacher", "another program", "tokens pack")
+    refused("teacher cache teacher theirs -o out", "another program", "tokens pack")
+    refused("compare distill_nano model=retnet_hrm data.path=theirs", "another program")
     # One of our shards replaced by such a file.
     (name,) = [n for n in read_json(Path("packed/manifest.json"))["files"] if "train-00000" in n]
     pyarrow.parquet.write_table(table, Path("packed") / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from tests import helpers_distill
 from tests.helpers_distill import config
 from thimble import api
+from thimble.artifacts import write_json
 from thimble.config.load import load_run, save
 from thimble.errors import ConfigError, DataError
 from thimble.objectives.sparse_targets import SparseTargets, likeliest
@@ -106,6 +108,28 @@ def test_the_teacher_is_loaded_and_asked_once(
     )
     assert len(loads) == 1
     assert any(r.message.startswith("teacher was asked before") for r in caplog.records)
+
+
+@pytest.mark.parametrize("word", ["teacher.topk=5,20", "teacher.sampled=false,true"])
+def test_a_resumed_sweep_keeps_its_teacher_though_there_is_a_newer_one(
+    teacher: Path, tmp_path: Path, word: str
+) -> None:
+    def newest(model: Path, name: str) -> Path:
+        checkpoint = Path("runs/slm_nano") / name / "checkpoints/step-000001"
+        shutil.copytree(model, checkpoint)
+        (checkpoint.parent / "latest").write_text("step-000001\n")
+        return checkpoint
+
+    one = newest(teacher, "20260101-000000-aaaaaa")
+    words = [word, "training.eval_every=4"]
+    found = sweep(tmp_path, Path("runs/slm_nano"), *words)
+    newest(helpers_distill.teacher_in(tmp_path, seed=9), "20260102-000000-bbbbbb")
+    account = ledger.read(found.folder)
+    account["runs"][1] = {**account["runs"][1], "status": "waiting"}
+    write_json(found.folder / ledger.LEDGER, account)
+    again = api.sweep(resume=found.folder)
+    assert again.runs[1]["run"] != found.runs[1]["run"]
+    assert [load_run(run["run"]).teacher.path for run in again.runs] == [str(one)] * 2
 
 
 def test_fewer_tokens_of_a_larger_answer_are_exact() -> None:

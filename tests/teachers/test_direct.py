@@ -173,6 +173,8 @@ def test_an_adapter_changes_the_teacher_and_its_name(tmp_path: Path) -> None:
     assert_exact(ask(teacher, 0), logits, tolerance=1e-4)
     assert teacher.identity["weights"] == plain.identity["weights"]
     assert teacher.identity["adapter"] != plain.identity["adapter"] is None
+    with pytest.raises(DataError, match="is an adapter, not a model"):
+        opened(tmp_path / "adapter", Asked(8))
     with pytest.raises(DataError, match=r"no adapter_config\.json"):
         opened(folder, Asked(8), adapter=tmp_path / "base")
 

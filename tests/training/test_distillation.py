@@ -20,6 +20,7 @@ from thimble.config.schema import ObjectiveConfig
 from thimble.errors import ConfigError, DataError
 from thimble.evaluation import agreement
 from thimble.objectives.distillation import blend, temperatures
+from thimble.objectives.linear_cross_entropy import token_scores
 from thimble.objectives.sparse_targets import likeliest
 from thimble.teachers import WindowExamples
 from thimble.teachers.direct import DirectTeacher
@@ -278,6 +279,7 @@ def test_likeness_and_calibration_against_the_plain_formulas() -> None:
     targets[0, :7] = -100
     said = likeliest(hidden, teacher, 29)
     scores = agreement.position_scores(hidden, student, targets, said)
+    torch.testing.assert_close(scores[..., :3], token_scores(hidden, student, targets))
     counted = targets != -100
     q = (hidden @ student.t())[counted].log_softmax(-1)
     p = (hidden @ teacher.t())[counted].log_softmax(-1)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,11 +24,12 @@ from tests.helpers_training import state_of, timeless
 from tests.teachers.helpers import examples
 from thimble.errors import DataError
 from thimble.sweep import teaching
-from thimble.teachers import models
-from thimble.teachers.direct import DirectTeacher
+from thimble.teachers import Asked, held_out, models
+from thimble.teachers.cache import TeacherCache
+from thimble.teachers.direct import DirectTeacher, open_direct
 from thimble.teachers.held_out import HeldOutRows
 from thimble.training import train
-from thimble.training.run import Run
+from thimble.training.run import Run, RunFolder
 
 SCHEDULES = ["objective.temperature_start=4", "objective.distill_alpha_start=0.9"]
 
@@ -94,6 +102,49 @@ def test_what_is_recorded_is_not_asked_again(
     assert len(asked) == len(set(asked)) == 8 * 4
 
 
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from tests.helpers_distill import config
+from thimble.training import train
+rows, pwrite = [], os.pwrite
+def killed(file, data, at):
+    rows.append(at)
+    if len(rows) == 4 * 6 + 2:  # the second row of the seventh step, and half of it
+        pwrite(file, data[:len(data) // 2], at)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pwrite(file, data, at)
+os.pwrite = killed
+train(config(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]))
+"""
+
+
+def test_killed_while_it_records_and_resumed_equals_uninterrupted(
+    teacher: Path, tmp_path: Path
+) -> None:
+    """A step that is made again learns from the cache what it learned from the teacher."""
+    chosen = [*SCHEDULES, "teacher.cache_logits=true", "training.save_every=4"]
+    chosen += ["training.log_every=1", "training.eval_every=12"]
+
+    def words(name: str) -> list[str]:
+        return [*chosen, f"teacher.cache={tmp_path / name / 'cache'}"]
+
+    whole = train(config(tmp_path / "whole", teacher, *words("whole")))
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), str(teacher)]
+    done = subprocess.run([*command, *words("killed")], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    run = next((tmp_path / "killed/slm_nano").iterdir())
+    assert RunFolder(run).records()[-1]["step"] == 6
+    again = train(config(tmp_path / "killed", teacher, *words("killed")), resume=run)
+    assert again.latest is not None
+    assert whole.latest is not None
+    assert state_of(again.latest) == state_of(whole.latest)
+    assert timeless(again.path) == timeless(whole.path)
+    caches = [TeacherCache(tmp_path / name / "cache") for name in ("whole", "killed")]
+    assert caches[1].forget_damaged() == 0
+    assert np.array_equal(*(cache.index for cache in caches))
+
+
 @pytest.mark.parametrize("change", ["teacher", "precision", "question"])
 def test_a_cache_is_not_mixed(teacher: Path, tmp_path: Path, change: str) -> None:
     words = ["teacher.cache_logits=true", f"teacher.cache={tmp_path / 'cache'}"]
@@ -108,6 +159,33 @@ def test_a_cache_is_not_mixed(teacher: Path, tmp_path: Path, change: str) -> Non
     )
     with pytest.raises(DataError, match=said):
         train(config(tmp_path, other, *words), resume=first.path)
+
+
+def test_two_runs_keep_what_is_said_of_held_out_text_once(teacher: Path, tmp_path: Path) -> None:
+    rows = HeldOutRows(examples())
+    rows.note(torch.arange(48).view(4, 12), torch.zeros(4, 12, dtype=torch.int64), None)
+    direct = open_direct(teacher, examples(), Asked(4), device=torch.device("cpu"))
+    asked, begun = [0, 0], threading.Event()
+
+    class Slow:
+        asked, identity, precision = direct.asked, direct.identity, direct.precision
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def targets(self, numbers: Sequence[int], *rest: Any) -> Any:
+            begun.set()
+            time.sleep(0.3)
+            asked[self.number] += len(numbers)
+            return direct.targets(numbers, *rest)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(held_out.keep, tmp_path, rows, Slow(0))
+        assert begun.wait(10)
+        second = pool.submit(held_out.keep, tmp_path, rows, Slow(1))
+        assert first.result() == second.result()
+    assert asked == [4, 0]
+    assert held_out.find(tmp_path, rows, Asked(4), direct.identity) is not None
 
 
 def test_rows_with_nothing_to_predict_are_known_and_filling_is_any() -> None:

@@ -11,12 +11,15 @@ from tests import helpers_distill
 from tests.helpers_cli import SMALL
 from tests.helpers_distill import RETENTION
 from tests.helpers_training import WINDOW, token_directory
+from tests.teachers.helpers import make_teacher
 from thimble import api
+from thimble.artifacts import read_json
 from thimble.config.load import load
 from thimble.config.schema import OptimConfig
 from thimble.errors import DataError
 from thimble.sweep.words import Words
-from thimble.training.distillation import teacher_folder
+from thimble.teachers.models import find
+from thimble.training.data import teachers_now
 from thimble.training.optimizer import schedule
 
 # The documents' own line.
@@ -105,16 +108,42 @@ def test_the_newest_run_of_a_recipe_is_a_teacher(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs"
-    for name in ("20260101-000000-aaaaaa", "20260102-000000-bbbbbb"):
-        (runs / name / "checkpoints").mkdir(parents=True)
-    shutil.copytree(teacher, runs / "20260101-000000-aaaaaa/checkpoints/step-000001")
-    (runs / "20260101-000000-aaaaaa/checkpoints/latest").write_text("step-000001\n")
+    newest_run(teacher, runs / "20260101-000000-aaaaaa")
+    (runs / "20260102-000000-bbbbbb" / "checkpoints").mkdir(parents=True)
+    named = ["objective.name=distill", f"teacher.path={runs}"]
+    assert list(teachers_now([load("distill_direct", named)])) == [str(runs)]
+    served = ["teacher.mode=served", "teacher.url=http://localhost:1", "objective.temperature=1"]
+    assert teachers_now([load("distill_direct", [*named, *served])]) == {}  # the server's name
     # The newest has no checkpoint yet.
-    assert teacher_folder(str(runs)).parts[-3] == "20260101-000000-aaaaaa"
-    assert teacher_folder(str(teacher)) == teacher
+    assert find(str(runs)).parts[-3] == "20260101-000000-aaaaaa"
+    assert find(str(teacher)) == teacher
     assert load("distill_nano").teacher.path == "runs/slm_nano"
     with pytest.raises(DataError, match="thimble train slm_nano"):
-        teacher_folder("runs/slm_nano")
+        find("runs/slm_nano")
+    with pytest.raises(DataError, match="no model at"):  # a checkpoint that is gone
+        find("runs/slm_nano/20260101-000000-aaaaaa/checkpoints/step-000001")
+
+
+def test_a_resumed_run_keeps_its_teacher_though_there_is_a_newer_one(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    newest_run(teacher, Path("runs/slm_nano/20260101-000000-aaaaaa"))
+    words = ["objective.name=distill", "teacher.path=runs/slm_nano", "training.save_every=2"]
+    first = api.train("distill_direct", *tiny(Path("students"), *words, "max_steps=2"))
+    newest_run(make_teacher(tmp_path / "other", seed=9), Path("runs/slm_nano/20260102-000000-b"))
+    again = api.train(resume=first.path, training={"max_steps": 4})
+    assert first.latest is not None
+    assert again.latest is not None
+    before, after = (read_json(path / "teacher.json") for path in (first.latest, again.latest))
+    assert before["identity"] == after["identity"]
+    assert before["path"] == "runs/slm_nano/20260101-000000-aaaaaa/checkpoints/step-000001"
+
+
+def newest_run(teacher: Path, run: Path) -> None:
+    """A run whose only checkpoint is this model."""
+    shutil.copytree(teacher, run / "checkpoints/step-000001")
+    (run / "checkpoints/latest").write_text("step-000001\n")
 
 
 def test_plateau_between_warm_up_and_cosine() -> None:

@@ -103,7 +103,7 @@ def test_evaluated_as_in_training(
         assert found.figures[name] == pytest.approx(last[f"val_{name}"], rel=1e-4), name
     # Asked for the test split, there is one only; its bytes are those of the words it predicts.
     assert found.split == "val"
-    assert any("holds out one split" in note for note in found.notes)
+    assert any("there is no other split" in note for note in found.notes)
     chunks = PackedChunks(packed, "val")
     tokenizer = load_tokenizer(packed)
     ids = chunks.rows(np.arange(len(chunks))).targets.ravel()

@@ -26,7 +26,7 @@ from thimble.config.load import CONFIG_FILE, load_run
 from thimble.config.schema import Config
 from thimble.errors import ConfigError, DataError
 from thimble.evaluation import baselines
-from thimble.evaluation.perplexity import check_trained_on, evaluate_model, held_out
+from thimble.evaluation.perplexity import evaluate_model, held_out
 from thimble.evaluation.samples import WORD_TOKENS, Sample, held_out_samples
 from thimble.generation.model import Model, load
 from thimble.models.interop import WEIGHTS
@@ -35,7 +35,6 @@ from thimble.tokens.packed import PackedChunks
 from thimble.tokens.packed_text import PackedText
 from thimble.tokens.shards import TokenSplit, check_tokenizer
 from thimble.training import checkpoint
-from thimble.training.data import open_data
 from thimble.training.run import METRICS, RunFolder, read_records
 
 if TYPE_CHECKING:
@@ -202,20 +201,19 @@ def _measured(
         model = load(directory, device)
         check_tokenizer(data.manifest, model.tokenizer, directory)
         return data, evaluate_model(model.nll, model, data, length), model
-    from thimble.evaluation.students import measure
+    from thimble.evaluation import students
 
-    check_trained_on(PackedChunks(config.data.folder, length=length), directory, manifest)
-    chunks = open_data(config, split)
+    chunks = students.held_out(directory, config, split, [])
+    assert isinstance(chunks, PackedChunks)
     model = load(directory, device)
     check_tokenizer(chunks.manifest, model.tokenizer, directory)
-    figures = measure(model, chunks, length, None)
+    figures = students.measure(model, chunks, length, None)
     return PackedText(chunks, model.tokenizer, WORD_TOKENS), figures, model
 
 
 def packed(folder: str | Path) -> bool:
     """Whether a data folder holds packed chunks."""
-    manifest = Path(folder) / artifacts.MANIFEST
-    return manifest.is_file() and artifacts.read_json(manifest).get("kind") == packing.KIND
+    return artifacts.kind(folder) == packing.KIND
 
 
 def stored(run: str | Path) -> Acceptance | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from thimble.objectives.linear_cross_entropy import IGNORE, chunk_rows
+from thimble.objectives.linear_cross_entropy import IGNORE, chunk_rows, right
 from thimble.objectives.sparse_kl import Teacher, bucket_divergence
 from thimble.objectives.sparse_targets import SparseTargets, beside
 
@@ -20,9 +20,10 @@ TEACHER_NAMES = ["teacher_kl", "teacher_agreement"]
 def position_scores(
     hidden: Tensor, weight_vd: Tensor, targets: Tensor, teacher: SparseTargets | None
 ) -> Tensor:
-    """Of each position: cross-entropy in nats; how much surer the likeliest token is than right, in
-    the bin of its probability, 0 in the other ``BINS``; and with a ``teacher`` the KL from it at
-    temperature 1, in nats over its buckets, and whether both have the same likeliest token.
+    """Of each position: cross-entropy in nats; whether the target is the likeliest token and among
+    the five likeliest; how much surer the likeliest token is than right, in the bin of its
+    probability, 0 in the other ``BINS``; and with a ``teacher`` the KL from it at temperature 1, in
+    nats over its buckets, and whether both have the same likeliest token.
 
     hidden [..., D], weight [V, D], targets [...] with -100 for what is not counted (0 in all).
     """
@@ -32,9 +33,12 @@ def position_scores(
     found = []
     for start in range(0, len(flat), rows):
         here = slice(start, start + rows)
-        log_q = torch.log_softmax((flat[here] @ weight.t()).float(), dim=-1)
+        logits = (flat[here] @ weight.t()).float()
+        accuracies = right(logits, label[here])
+        log_q = torch.log_softmax(logits, dim=-1)
+        del logits
         index = label[here].clamp(min=0)
-        columns = [-log_q.gather(1, index[:, None])[:, 0]]
+        columns = [-log_q.gather(1, index[:, None])[:, 0], *accuracies]
         sure, likeliest = log_q.max(-1)
         sure = sure.exp()
         surplus = sure - (likeliest == index).float()
@@ -56,7 +60,7 @@ def position_scores(
 
 def names(*, teacher: bool) -> list[str]:
     """What the columns after the first are called."""
-    return BIN_NAMES + (TEACHER_NAMES if teacher else [])
+    return ["top1_accuracy", "top5_accuracy", *BIN_NAMES] + (TEACHER_NAMES if teacher else [])
 
 
 def calibration_error(means: Mapping[str, float]) -> float:

@@ -24,7 +24,6 @@ from thimble.config.schema import Config
 from thimble.console import log
 from thimble.errors import ConfigError, DataError
 from thimble.evaluation import context, domain, needle, reading, speed, students
-from thimble.evaluation.perplexity import check_trained_on
 from thimble.evaluation.samples import (
     WORD_TOKENS,
     Text,
@@ -180,7 +179,7 @@ def evaluate(
         recipe=config.recipe if config else None,
         step=_step(directory),
         parameters=model.network.num_parameters(),
-        split=data.split or split,
+        split=data.split or "val",
         tokens=data.directory,
         tokens_fingerprint=data.manifest["fingerprint"],
         teacher=found.name if found else None,
@@ -293,15 +292,8 @@ def open_checkpoint(
     config = load_run(directory) if (directory / CONFIG_FILE).is_file() else None
     notes: list[str] = []
     length = config.training.sequence_length if config else None
-    if config and tokens is None:
-        manifest = artifacts.read_json(directory / artifacts.MANIFEST)
-        data = students.open_rows(config.data.folder, split, length, notes)
-        check_trained_on(data, directory, manifest)
-        if config.data.val_path not in (None, config.data.path):
-            notes.append(
-                f"Training looked at {config.data.val_path}; this is what {config.data.path} holds "
-                f"out. For the former: --tokens {config.data.val_path}"
-            )
+    if config and (tokens is None or students.is_val_path(config, tokens)):
+        data = students.held_out(directory, config, split, notes)
     elif tokens is not None:
         data = students.open_rows(tokens, split, length, notes)
         notes.append(f"Whether {directory} was trained on text of {tokens} is not known here.")
@@ -373,16 +365,18 @@ def _texts(
         top_k=config.evaluation.top_k if config else 50,
         seed=config.seed if config else 1,
     )
-    known = known_words(model, _training_text(model, data))
+    known = known_words(model, _training_text(model, data, config))
     prompts = [sample.prompt for sample in samples]
     generated = text_figures(model, prompts, [sample.text for sample in samples], known)
     shown = [dataclasses.asdict(sample) for sample in samples[:SHOWN]]
     return generated, text_figures(model, prompts, real, known), shown
 
 
-def _training_text(model: Model, data: Text) -> Text:
+def _training_text(model: Model, data: Text, config: Config | None) -> Text:
     if isinstance(data, PackedText):
-        chunks = PackedChunks(data.directory, "train", length=data.manifest["max_seq_length"])
+        judged_elsewhere = config and students.is_val_path(config, data.directory)
+        folder = config.data.folder if config and judged_elsewhere else data.directory
+        chunks = PackedChunks(folder, "train", length=data.manifest["max_seq_length"])
         return PackedText(chunks, model.tokenizer, WORD_TOKENS)
     return TokenSplit(data.directory, "train")
 

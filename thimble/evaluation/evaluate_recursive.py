@@ -140,8 +140,7 @@ def _prepare(
     trained = configuration.load_run(directory) if has_config else None
     settings = request.settings()
     folder = data_folder(directory, trained, settings)
-    manifest = read_object(folder / artifacts.MANIFEST)
-    kind = manifest.get("kind", "puzzles")  # those of other programs have no manifest
+    kind = artifacts.kind(folder) or "puzzles"  # those of other programs have no manifest
     if kind not in ("conversations", "puzzles"):
         raise DataError(
             f"{folder} holds {kind}; a recursive model answers conversations or solves puzzles."

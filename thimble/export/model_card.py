@@ -44,7 +44,7 @@ def model_card(result: Acceptance, config: Config) -> str:
         f"# {config.recipe}",
         _introduction(result, config),
         "## Measured",
-        _measured(result),
+        _measured(result, config),
         "## Training data",
         _chunks(config, tokens) if packed else _data(config.data.folder, tokens, corpus),
         "## Training",
@@ -94,6 +94,9 @@ def _introduction(result: Acceptance, config: Config) -> str:
     heads += f"{model.num_key_value_heads} of {model.head_dim}"
     if model.mixer == "retention":
         heads = f"{model.num_attention_heads} heads of retention of {model.head_dim}"
+    reads = f"context {model.max_position_embeddings:,} tokens"
+    if model.mixer == "retention":
+        reads = f"trained on {config.training.sequence_length:,} tokens at a time"
     register = "import thimble.hub  # registers the architecture\n"
     own = model.mixer == "retention" or model.schedule == "recursive"
     begin = "from random weights"
@@ -107,7 +110,7 @@ def _introduction(result: Acceptance, config: Config) -> str:
             f"with thimble on one machine: "
             f"layers {model.num_hidden_layers}, hidden size {model.hidden_size}, {heads}, "
             f"SwiGLU {model.intermediate_size}, vocabulary "
-            f"{model.vocab_size:,}, context {model.max_position_embeddings:,} tokens.",
+            f"{model.vocab_size:,}, {reads}.",
             "It completes text; it was not instruction-tuned. "
             + ("transformers loads it with thimble:" if own else "transformers loads it as it is:"),
             textwrap.indent(
@@ -121,12 +124,15 @@ def _introduction(result: Acceptance, config: Config) -> str:
     )
 
 
-def _measured(result: Acceptance) -> str:
+def _measured(result: Acceptance, config: Config) -> str:
     figures = result.evaluation
+    what = f"the whole {result.split} split"
+    how = "windows of text following one another without overlap"
+    if acceptance.packed(config.data.folder):
+        what, how = "all held-out chunks", "each read by itself as in training"
     held_out = (
-        f"On the whole {result.split} split, {figures['bytes']:,} bytes in "
-        f"{figures['documents']:,} documents that were not trained on, windows of text following "
-        "one another without overlap:"
+        f"On {what}, {figures['bytes']:,} bytes in {figures['documents']:,} documents that were "
+        f"not trained on, {how}:"
     )
     numbers = _table(
         ("", "bits per byte", "perplexity per token", "bytes"),
@@ -242,12 +248,21 @@ def _samples(result: Acceptance) -> str:
 
 
 def _limits(config: Config) -> str:
+    length = f"{config.training.sequence_length:,}"
+    reach = (
+        f"It sees at most {config.model.max_position_embeddings:,} tokens, and was trained on "
+        f"windows of {length}."
+    )
+    if config.model.mixer == "retention":
+        reach = (
+            "It reads any number of tokens in a state that does not grow, and was trained on "
+            f"{length} at a time: nothing says that it remembers what stands further back."
+        )
     return "\n".join(
         [
             "- It writes what looks like its training text. Names, numbers and facts in it are "
             "often wrong.",
-            f"- It sees at most {config.model.max_position_embeddings:,} tokens, and was trained "
-            f"on windows of {config.training.sequence_length:,}.",
+            f"- {reach}",
             "- Perplexity depends on the tokenizer; compare models by bits per byte, and only on "
             "the same text.",
             "- It was not measured on any task beyond predicting this text, nor for what it may "
@@ -265,11 +280,10 @@ def reproduction(
 ) -> Iterator[str]:
     """The commands from sources to gate, one a line."""
     if tokens["kind"] == packing.KIND:
-        length = tokens["max_seq_length"]
-        yield (
-            f"thimble tokens pack --input YOUR_FILES --output {shlex.quote(config.data.folder)} "
-            f"--recursive --max-seq-length {length} --tokenizer ."
-        )
+        yield _pack("YOUR_FILES", config.data.folder, tokens)
+        if config.data.val_path not in (None, config.data.path):
+            other = artifacts.read_json(Path(config.data.val_path) / artifacts.MANIFEST)
+            yield _pack("YOUR_OTHER_FILES", config.data.val_path, other)
         yield from _from_tokens(config)
         return
     name, options = _corpus_name(tokens), (corpus or {}).get("options", {})
@@ -284,6 +298,15 @@ def reproduction(
     target = shlex.quote(config.data.folder)
     yield f"thimble tokens build {shlex.quote(name)} {used} --output {target}"
     yield from _from_tokens(config)
+
+
+def _pack(source: str, folder: str, chunks: Mapping[str, Any]) -> str:
+    options = chunks["options"]
+    return (
+        f"thimble tokens pack --input {source} --output {shlex.quote(folder)} --recursive "
+        f"--max-seq-length {options['max_seq_length']} --val-ratio {options['val_ratio']:g} "
+        "--tokenizer ."
+    )
 
 
 def _from_tokens(config: Config) -> Iterator[str]:

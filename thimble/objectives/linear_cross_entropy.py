@@ -170,8 +170,12 @@ def token_scores(hidden: Tensor, weight_vd: Tensor, targets: Tensor) -> Tensor:
     """
     scores = []
     for logits, index in _chunks(hidden, weight_vd, targets):
-        target = logits.gather(1, index.clamp(min=0)[:, None])
-        ahead = (logits >= target).sum(-1) - 1 + logits.shape[-1] * (index == IGNORE)
-        top5 = (ahead >= 0) & (ahead < 5)  # -1: the target is NaN
-        scores.append(torch.stack([_losses(logits, index), ahead == 0, top5], dim=-1))
+        scores.append(torch.stack([_losses(logits, index), *right(logits, index)], dim=-1))
     return torch.cat(scores).view(*targets.shape, 3)
+
+
+def right(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [rows, V] and targets [rows] the last two of ``token_scores``: bool [rows]."""
+    target = logits.gather(1, index.clamp(min=0)[:, None])
+    ahead = (logits >= target).sum(-1) - 1 + logits.shape[-1] * (index == IGNORE)
+    return ahead == 0, (ahead >= 0) & (ahead < 5)  # -1: the target is NaN

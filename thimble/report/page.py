@@ -205,10 +205,10 @@ def _settings(config: Config) -> list[dict[str, str]]:
 def _data(config: Config, missing: list[str]) -> dict[str, Any]:
     """Counts of the tokens and, where it is still there, of the corpus behind them."""
     found: dict[str, Any] = {"path": config.data.path, "splits": {}, "cleaning": [], "mixture": {}}
-    packed = _read(Path(config.data.folder) / artifacts.MANIFEST, None, missing) or {}
-    if packed.get("kind") == packing.KIND:  # which knows no corpus
-        return found | {"vocabulary": packed["vocab_size"]}
     try:
+        if artifacts.kind(config.data.folder) == packing.KIND:  # which knows no corpus
+            packed = artifacts.read_json(Path(config.data.folder) / artifacts.MANIFEST)
+            return found | {"vocabulary": packed["vocab_size"]}
         tokens = artifacts.read_manifest(config.data.folder, "tokens", make="thimble tokens build")
     except ThimbleError as error:
         missing.append(f"tokens: {str(error).splitlines()[0]}")

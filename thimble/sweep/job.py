@@ -33,6 +33,7 @@ class Job:
     fixed: dict[str, Any]
     total: int | None
     caches: teaching.Caches = field(default_factory=dict)
+    teachers: dict[str, str] = field(default_factory=dict)  # ``training.data.teachers_now``
     process: int = field(default_factory=os.getpid)
     directory: str = field(default_factory=os.getcwd)
 
@@ -66,11 +67,12 @@ class Job:
     def train(self, overrides: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
         """Train, or go on with what an earlier attempt left, and enter the end."""
         from thimble.training import train
+        from thimble.training.data import with_teacher
 
         since, config, run = time.strftime(ledger.STAMP), None, None
         try:
             config = load(self.recipe, nested={**self.fixed, **overrides})
-            config = teaching.taught(config, self.caches)
+            config = teaching.taught(with_teacher(config, self.teachers), self.caches)
             run = self.left_by(before, config)
             run = train(config, resume=run).path
         except (Interrupted, KeyboardInterrupt):

@@ -51,6 +51,8 @@ def sweep(
         account = ledger.read(Path(resume))
         recipe, overrides, nested = account["recipe"], account["words"], account["fixed"]
     assert recipe is not None
+    from thimble.training.data import teachers_now, with_teacher
+
     words = Words.sorted_from(overrides, nested or {})
     if not words.swept:
         line = " ".join(["thimble train", str(recipe), *overrides])
@@ -69,6 +71,8 @@ def sweep(
     with own_hydra() as hydra:
         check_plugins(hydra, words)
         configs = check_values(str(recipe), words, grid)
+        teachers = account.get("teachers", {}) if resume is not None else teachers_now(configs)
+        configs = [with_teacher(config, teachers) for config in configs]
         folder = Path(resume) if resume is not None else name_folder(configs[0], overrides)
         register(words)
         arguments = hydra_arguments(words, folder)
@@ -82,6 +86,7 @@ def sweep(
                 "words": list(overrides),
                 "fixed": dict(nested or {}),
                 "swept": words.values(),
+                "teachers": teachers,
                 "versions": artifacts.versions("torch", "hydra-core"),
                 "runs": [
                     {"number": number, "overrides": combination, "status": "waiting"}
@@ -98,7 +103,7 @@ def sweep(
                 raise Interrupted(
                     f"Interrupted while the teacher was asked; what it said is kept. {going_on}"
                 ) from None
-            job = Job(folder.absolute(), str(recipe), words.fixed, total, caches)
+            job = Job(folder.absolute(), str(recipe), words.fixed, total, caches, teachers)
             stopped = run_jobs(hydra, job, arguments, launcher)
     result = Sweep.of(folder, charts.draw(folder))
     if stopped:

@@ -92,20 +92,20 @@ def check(config: Config) -> None:
 def ask(runs: Sequence[Config]) -> dict[str, Any]:
     """Fill the cache that serves all of ``runs``: rows they will see, and what they hold out.
 
-    Returns what then is to be said of their teacher. A recipe's newest run is named as the one it
-    is now, since there may be a newer one before the sweep ends.
+    Returns what then is to be said of their teacher.
     """
     from thimble.teachers import held_out
     from thimble.teachers.direct import DirectTeacher
     from thimble.teachers.fill import fill, home
     from thimble.training import devices
-    from thimble.training.distillation import direct_teacher, held_out_rows
+    from thimble.training.distillation import answering, held_out_rows
 
     first = runs[0]
     device = devices.resolve_device(first.device)
     examples = open_examples(first.data.folder, "train", first.training.sequence_length)
     asked = union(runs, examples.vocab_size)
-    teacher = direct_teacher(first, examples, asked, device)
+    teacher = answering(first, examples, asked, device)
+    assert isinstance(teacher, DirectTeacher)
     folder = home(first.data.folder, "train", examples, teacher)
     if first.teacher.cache_logits:
         folder = Path(first.teacher.cache or folder)
@@ -126,9 +126,7 @@ def ask(runs: Sequence[Config]) -> dict[str, Any]:
         len(runs), f"{made.positions:,}", asked.k, "draws" if asked.sampled else "likeliest",
         ", ".join(f"{t:g}" for t in asked.temperatures), made.bytes / 1e6, folder,
     )  # fmt: skip
-    name = first.teacher.path or ""
-    path = str(teacher.loaded.folder) if Path(name).exists() else name
-    return {"mode": "cached", "cache_logits": False, "cache": str(folder), "path": path}
+    return {"mode": "cached", "cache_logits": False, "cache": str(folder)}
 
 
 def union(runs: Sequence[Config], vocabulary: int) -> Asked:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thimble.errors import DataError
 from thimble.objectives.sparse_targets import SampledTargets, drawn, likeliest
 from thimble.teachers import models
 from thimble.teachers.asked import Asked, Targets
@@ -75,9 +76,14 @@ def open_direct(
     """Load a teacher for a data set; bfloat16 where the device has it.
 
     ``name``: a folder, a run or checkpoint of ours, or a model on the hub. Raises DataError when
-    its vocabulary is not the data's, or the rows are longer than it reads.
+    it is an adapter alone, its vocabulary is not the data's, or the rows are longer than it reads.
     """
     folder = models.find(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise DataError(
+            f"{folder} is an adapter, not a model. Name the whole one, which `thimble teacher "
+            "finetune` writes beside it as `merged`."
+        )
     models.check_vocabulary(folder, examples)
     loaded = models.load(
         folder,

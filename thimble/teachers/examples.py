@@ -52,8 +52,7 @@ def open_examples(directory: str | Path, split: str, length: int | None) -> Exam
     Raises ConfigError where a length is needed and not given, DataError where it is not that of
     the chunks, or where the folder is neither.
     """
-    manifest = Path(directory) / artifacts.MANIFEST
-    if manifest.is_file() and artifacts.read_json(manifest).get("kind") == packing.KIND:
+    if artifacts.kind(directory) == packing.KIND:
         return PackedExamples(directory, split, length)
     if length is None:
         raise ConfigError(
@@ -66,12 +65,13 @@ def open_examples(directory: str | Path, split: str, length: int | None) -> Exam
 
 
 class PackedExamples:
-    """The chunks of a split of a packed folder, as ``tokens.packed.PackedChunks`` numbers them.
+    """The chunks of a split (None: of both) of a packed folder, as ``tokens.packed.PackedChunks``
+    numbers them.
 
     Raises DataError when the split is missing or damaged, and for another ``length``.
     """
 
-    def __init__(self, directory: str | Path, split: str, length: int | None = None) -> None:
+    def __init__(self, directory: str | Path, split: str | None, length: int | None = None) -> None:
         self.directory, self.split = Path(directory), split
         self.chunks = PackedChunks(directory, split, length=length)
         self.count, self.length = self.chunks.count, self.chunks.length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 from thimble import artifacts
 from thimble.console import log, progress
-from thimble.errors import ConfigError
 from thimble.teachers.asked import Asked, Teacher
 from thimble.teachers.cache import MAKE, TeacherCache, describe
 from thimble.teachers.examples import Examples, open_examples
@@ -46,11 +44,13 @@ def fill(
     batch_positions: int = 8192,
     made_by: dict[str, Any] | None = None,
     rows: np.ndarray | None = None,
+    wait: bool = False,
 ) -> Filled:
     """Ask for what is not there yet, and for what is damaged; then write the manifest.
 
     ``rows``: the numbers of those that are wanted, by default all; without the others there is no
-    manifest. Interrupted or killed at any moment, the same call goes on where it was.
+    manifest. Interrupted or killed at any moment, the same call goes on where it was. ``wait`` for
+    another process that is filling it, and take what that one has asked.
     """
     wanted = np.arange(examples.count) if rows is None else np.unique(rows)
     cache = TeacherCache.create(
@@ -62,7 +62,7 @@ def fill(
         precision=getattr(teacher, "precision", None),
         rows=len(wanted),
     )
-    with artifacts.locked(directory, "the teacher cache"):
+    with artifacts.locked(directory, "the teacher cache", wait=wait):
         if damaged := cache.forget_damaged():
             log.warning("%s: %d rows are damaged and are asked again", directory, damaged)
         missing = wanted[~cache.filled(wanted)]
@@ -106,28 +106,20 @@ def cache(
 
     The cache's folder is called after data, split and all that it belongs to, unless given.
     """
-    from thimble.teachers.direct import open_direct
-    from thimble.teachers.served import ServedTeacher
+    from thimble.teachers.named import open_teacher
     from thimble.training.devices import resolve_device
 
     examples = open_examples(data, split, length)
-    found: Teacher
-    if re.match(r"https?://", str(teacher)):
-        if adapter is not None or ram_disk:
-            raise ConfigError("A server has its adapter and its weights already: leave these out.")
-        found = ServedTeacher(str(teacher), examples, asked, model=served_model)
-    elif served_model is not None:
-        raise ConfigError(f"--served-model is for a server, and {teacher} is none (http://...).")
-    else:
-        found = open_direct(
-            teacher,
-            examples,
-            asked,
-            adapter=adapter,
-            device=resolve_device(device),
-            precision=precision,
-            ram_disk=ram_disk,
-        )
+    found = open_teacher(
+        teacher,
+        examples,
+        asked,
+        adapter=adapter,
+        served_model=served_model,
+        device=resolve_device(device),
+        precision=precision,
+        ram_disk=ram_disk,
+    )
     if output is None:
         output = home(data, split, examples, found)
     made_by = {"teacher": str(teacher), "adapter": adapter and str(adapter), "data": str(data)}

@@ -116,7 +116,8 @@ def find(
 
 
 def keep(folder: str | Path, rows: HeldOutRows, teacher: Teacher) -> Path:
-    """Ask the teacher about all of ``rows`` and keep it in the folder of its cache."""
+    """Ask the teacher about all of ``rows`` and keep it in the folder of its cache. Of several runs
+    that read the cache the first does so, and the others wait for it."""
     precision = getattr(teacher, "precision", None)
     name = artifacts.fingerprint(describe(rows, teacher.identity, teacher.asked, precision))
-    return fill(Path(folder) / f"{PREFIX}{name}", rows, teacher).path
+    return fill(Path(folder) / f"{PREFIX}{name}", rows, teacher, wait=True).path

@@ -73,12 +73,22 @@ class LoadedModel:
 
 
 def find(name: str | Path) -> Path:
-    """The folder of a model: a folder, a checkpoint or run of ours, or a name on the hub, fetched.
+    """The folder of a model: a folder, a checkpoint or run of ours, the newest run with a
+    checkpoint in the folder of a recipe's runs, or a name on the hub, fetched.
 
     Raises DataError when it is not there, EnvironmentProblem when the hub does not give it.
     """
+    for run in sorted(Path(name).glob("*/checkpoints"), reverse=True):
+        if any((run / pointer).is_file() for pointer in ("best", "latest")):
+            return checkpoint.resolve(run.parent)
     if Path(name).exists():
         return checkpoint.resolve(name)
+    if Path(name).parts[:-1] == ("runs",):
+        raise DataError(
+            f"There is no run in {name} to learn from. Train a teacher on the same data.path "
+            f"first, or name one with teacher.path:\n  thimble train {Path(name).name} "
+            "data.path=..."
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith((".", "/")):
         raise DataError(f"There is no model at {name}, and it is not a name of the hub (who/what).")
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]

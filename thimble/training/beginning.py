@@ -31,10 +31,9 @@ def _as_teacher(model: CausalLM, config: Config, data: Any) -> None:
     """As much of the teacher's weights as there is room for. Raises DataError when they are not
     there, of another vocabulary, or in parts."""
     from thimble.teachers import open_examples
-    from thimble.teachers.models import check_vocabulary
-    from thimble.training.distillation import teacher_folder
+    from thimble.teachers.models import check_vocabulary, find
 
-    directory, wanted = teacher_folder(config.teacher.path or ""), config.training.sequence_length
+    directory, wanted = find(config.teacher.path or ""), config.training.sequence_length
     check_vocabulary(directory, open_examples(config.data.folder, "train", wanted))
     teacher = interop.load_model(directory)
     if not isinstance(teacher, CausalLM) or teacher.config.mixer != "attention":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import multiprocessing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +25,42 @@ PUZZLE_KEYS = ("vocab_size", "max_position_embeddings", "puzzle_identifiers")
 
 def ready(config: Config) -> Config:
     """The configuration of a run whose data are there: conversations are tokenized, if they are
-    not yet, and of puzzles the model takes alphabet, length and identifiers.
+    not yet, of puzzles the model takes alphabet, length and identifiers, and a teacher that is a
+    run, or the newest one of a recipe, is the checkpoint it is now: resumed, the run keeps it.
 
     Raises DataError or ConfigError when something is missing or does not fit.
     """
     if config.dataset.name is not None and config.data.path is None:
         config = _tokenized(config)
-    elif config.objective.name == "act" and _kind(config.data.folder) != "conversations":
+    elif config.objective.name == "act" and artifacts.kind(config.data.folder) != "conversations":
         config = _of_puzzles(config)
+    config = with_teacher(config, teachers_now([config]))
     if config.objective.name != "act" and config.training.eval_every:
         open_data(config, "val")  # a run that cannot be judged says so now, not after hours
     return config
+
+
+def teachers_now(configs: Iterable[Config]) -> dict[str, str]:
+    """Each ``teacher.path`` to learn from that is on this machine, and the folder it means now."""
+    from thimble.teachers.models import find
+
+    names = {c.teacher.path for c in configs if _has_teacher(c) and c.teacher.path is not None}
+    return {name: str(find(name)) for name in sorted(names) if Path(name).exists()}
+
+
+def with_teacher(config: Config, known: Mapping[str, str]) -> Config:
+    """The run with the teacher that its ``teacher.path`` meant when ``teachers_now`` looked."""
+    path = config.teacher.path
+    if not _has_teacher(config) or path is None or known.get(path, path) == path:
+        return config
+    teacher = config.teacher.model_copy(update={"path": known[path]})
+    return config.model_copy(update={"teacher": teacher})
+
+
+def _has_teacher(config: Config) -> bool:
+    if config.teacher.mode == "served":  # by a name that is the server's
+        return False
+    return config.objective.name == "distill" or config.training.init_from_teacher
 
 
 def _tokenized(config: Config) -> Config:
@@ -85,7 +111,7 @@ def open_data(config: Config, split: str = "train") -> Any:
     """
     if config.objective.name != "act":
         return _tokens(config, split)
-    if _kind(config.data.folder) == "conversations":
+    if artifacts.kind(config.data.folder) == "conversations":
         return _conversations(config)
     return _puzzles(config, split)
 
@@ -97,13 +123,7 @@ def separated(config: Config) -> bool:
 
     if config.objective.name == "act" or config.data.path is None:
         return False
-    return config.model.mixer == "retention" or _kind(config.data.folder) == KIND
-
-
-def _kind(folder: str) -> str | None:
-    manifest = Path(folder) / artifacts.MANIFEST
-    found = artifacts.read_json(manifest) if manifest.is_file() else {}
-    return found.get("kind") if isinstance(found, dict) else None
+    return config.model.mixer == "retention" or artifacts.kind(config.data.folder) == KIND
 
 
 def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
@@ -114,17 +134,12 @@ def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
 
     folder, other = config.data.folder, config.data.val_path
     data: TokenSplit | PackedChunks
-    if (Path(folder) / artifacts.MANIFEST).is_file() and _kind(folder) is None:
-        raise DataError(
-            f"{folder} is the work of another program. Pack its texts, as JSONL or parquet, again:"
-            f"\n  {packed.MAKE}"
-        )
     if not Path(folder).exists():
         raise DataError(
             f"There are no tokens at {folder}. Make them of a corpus, or of JSONL files:\n"
             f"  {shards.MAKE}\n  {packed.MAKE}"
         )
-    if _kind(folder) == KIND:
+    if artifacts.kind(folder) == KIND:
         length = config.training.sequence_length
         if split == "val" and other is not None:
             paths = [str(Path(path).resolve()) for path in (folder, other)]
@@ -184,7 +199,7 @@ def _conversations(config: Config) -> Conversations:
 def _puzzles(config: Config, split: str) -> Split:
     from thimble.puzzles.loader import Split
 
-    kind = _kind(config.data.folder)
+    kind = artifacts.kind(config.data.folder)
     if kind not in (None, "puzzles"):
         raise DataError(
             f"{config.data.path} holds {kind}, and objective.name=act learns from conversations or "

@@ -11,14 +11,21 @@ from torch import Tensor, nn
 
 from thimble.config.schema import Config
 from thimble.console import log
-from thimble.errors import DataError
 from thimble.evaluation import agreement
 from thimble.models.causal_lm import CausalLM
 from thimble.models.recursive import RecursiveLM
 from thimble.objectives.distillation import Distillation, blend, temperatures
-from thimble.teachers import Asked, Examples, PackedExamples, Teacher, held_out, open_examples
+from thimble.teachers import (
+    Asked,
+    Examples,
+    PackedExamples,
+    Teacher,
+    held_out,
+    named,
+    open_examples,
+)
 from thimble.teachers.cache import CachedTeacher, RecordingTeacher
-from thimble.teachers.direct import DirectTeacher, open_direct
+from thimble.teachers.direct import DirectTeacher
 from thimble.teachers.held_out import HeldOutRows
 from thimble.teachers.models import find, identity
 from thimble.tokens.packed import PackedChunks
@@ -115,10 +122,10 @@ class DistillTask(NextTokenTask):
         # Nobody writes before all have looked, and nobody reads before it is written.
         if self.processes.any(found is None)[0] and options.path is not None:
             if self.processes.main:
-                named = direct_teacher(self.config, self.examples, asked, self.device)
-                held_out.keep(options.cache, rows, named)
+                teacher = answering(self.config, self.examples, asked, self.device)
+                held_out.keep(options.cache, rows, teacher)
             self.processes.any(False)  # the others wait
-            found = held_out.find(options.cache, rows, asked, teacher.identity)
+            found = held_out.find(options.cache, rows, asked, self.teacher.identity)
         return found
 
     def position_scores(
@@ -174,37 +181,18 @@ def asked_of(config: Config) -> Asked:
 def open_teacher(config: Config, examples: Examples, device: torch.device) -> Teacher:
     """The teacher of a run; see ``thimble.teachers`` for what is raised."""
     options, asked = config.teacher, within(asked_of(config), examples.vocab_size)
-    teacher: Teacher
     if options.mode == "cached":
         assert options.cache is not None
         wanted = None
         if options.path is not None:
-            wanted = identity(teacher_folder(options.path), _path(options.adapter))
+            adapter = None if options.adapter is None else Path(options.adapter)
+            wanted = identity(find(options.path), adapter)
         return CachedTeacher(options.cache, examples, asked, wanted)
-    if options.mode == "served":
-        teacher = _served(config, examples, asked)
-    else:
-        teacher = direct_teacher(config, examples, asked, device)
+    teacher = answering(config, examples, asked, device)
     if options.cache_logits:
         assert options.cache is not None
         return RecordingTeacher(teacher, options.cache, examples)
     return teacher
-
-
-def teacher_folder(name: str) -> Path:
-    """The folder of a teacher: as ``teachers.models.find``, or of the newest run with a checkpoint
-    in the folder of a recipe's runs."""
-    runs = sorted(Path(name).glob("*/checkpoints"), reverse=True)
-    for run in runs:
-        if any((run / pointer).is_file() for pointer in ("best", "latest")):
-            return find(run.parent)
-    if not Path(name).exists() and Path(name).parts[:1] == ("runs",):
-        recipe = Path(name).name
-        raise DataError(
-            f"There is no run in {name} to learn from. Train a teacher on the same data.path "
-            f"first, or name one with teacher.path:\n  thimble train {recipe} data.path=..."
-        )
-    return find(name)
 
 
 def held_out_rows(config: Config, like: Examples) -> HeldOutRows:
@@ -220,26 +208,21 @@ def held_out_rows(config: Config, like: Examples) -> HeldOutRows:
     return rows
 
 
-def direct_teacher(
-    config: Config, examples: Examples, asked: Asked, device: torch.device
-) -> DirectTeacher:
+def answering(config: Config, examples: Examples, asked: Asked, device: torch.device) -> Teacher:
+    """The one of a run that can be asked anew: its server, or what its ``teacher.path`` names."""
     options = config.teacher
-    assert options.path is not None
-    return open_direct(
-        teacher_folder(options.path),
+    served = options.mode == "served"
+    name = options.url if served else options.path
+    assert name is not None
+    return named.open_teacher(
+        name,
         examples,
         asked,
-        adapter=options.adapter,
+        adapter=None if served else options.adapter,
+        served_model=options.path if served else None,
         device=device,
         precision=config.precision,
     )
-
-
-def _served(config: Config, examples: Examples, asked: Asked) -> Teacher:
-    from thimble.teachers.served import ServedTeacher
-
-    assert config.teacher.url is not None
-    return ServedTeacher(config.teacher.url, examples, asked, model=config.teacher.path)
 
 
 def within(asked: Asked, vocabulary: int) -> Asked:
@@ -247,7 +230,3 @@ def within(asked: Asked, vocabulary: int) -> Asked:
     if asked.sampled or asked.k <= vocabulary:
         return asked
     return Asked(vocabulary, asked.temperatures, seed=asked.seed)
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)

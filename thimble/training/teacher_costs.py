@@ -20,7 +20,7 @@ from thimble.objectives.sparse_targets import SampledTargets, SparseTargets
 from thimble.teachers.asked import Targets
 from thimble.teachers.cache import position_bytes
 from thimble.teachers.direct import DirectTeacher
-from thimble.teachers.models import LoadedModel
+from thimble.teachers.models import LoadedModel, find
 
 # Of a teacher that our recipes name, so that a plan need not fetch it (its page on the hub).
 LLAMA: dict[str, Any] = {
@@ -54,13 +54,11 @@ def local_config(config: Config) -> ModelConfig | None:
     Nothing is fetched."""
     if config.objective.name != "distill" or config.teacher.path is None:
         return None
-    from thimble.training.distillation import teacher_folder  # which has to do with plans
-
     with contextlib.suppress(DataError):
         folder = config.teacher.path
         if not Path(folder).exists() and not folder.startswith("runs"):
             folder = _fetched(folder)
-        found = interop.read_config(teacher_folder(folder))
+        found = interop.read_config(find(folder))
         return found if found.schedule == "once" else None
     known = KNOWN.get(config.teacher.path)
     return ModelConfig(**known) if known else None
