@@ -168,6 +168,10 @@ def test_their_configuration_is_a_recipe_of_ours(tmp_path: Path) -> None:
         "distill_direct",
         words,
     )
+    assert recipe_and_words("seed=2", [*theirs, *words], resumed=False) == (
+        "distill_direct",
+        ["seed=2", *words],
+    )
     assert recipe_of([*words, "--config=train_cached.yaml"]) == ("distill_cached", words)
     (tmp_path / "train_direct.yaml").write_text("")
     assert recipe_of(["--config", str(tmp_path / "train_direct.yaml")])[0] == str(
