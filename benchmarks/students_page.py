@@ -130,10 +130,11 @@ def finetuned(part: dict[str, Any], folder: Path) -> list[str]:
     rows = [[name, ends(group)] for name, group in groups.items()]
     return [
         "## A teacher fine-tuned on the student's data",
-        "The original quickstart promises 4.5 times faster convergence. Here the teacher, `slm_nano`, learned "
-        f"`{kinds['known']}` in {part['teacher_minutes']:.1f} minutes; the students are for "
-        f"`{kinds['new']}` ({kinds['train']:,} tokens of the same tokenizer). `thimble teacher "
-        f"finetune` (learning rate {options['learning_rate']:g}, {options['batch_rows']} rows an "
+        "The original quickstart promises 4.5 times faster convergence. Here the teacher, "
+        f"`slm_nano`, learned `{kinds['known']}` in {part['teacher_minutes']:.1f} minutes; the "
+        f"students are for `{kinds['new']}` ({kinds['train']:,} tokens of the same "
+        "tokenizer). `thimble teacher finetune` "
+        f"(learning rate {options['learning_rate']:g}, {options['batch_rows']} rows an "
         f"update) took {tuned['steps']:,} updates, {tuned['seconds'] / 60:.1f} minutes, and "
         f"brought its perplexity there from {tuned['base_perplexity']:.1f} to "
         f"{tuned['perplexity']:.1f} ({fell:.0%} lower). Then the same student learned "

@@ -415,7 +415,7 @@ def test_a_dry_run_shows_licences_and_sizes_and_writes_nothing(
     assert not hub.files_asked()
     plan(monkeypatch, qa=source())
     download("poc", output=tmp_path / "d")
-    assert "the documents name the licence mit, the hub cc-by-nc-4.0" in caplog.text
+    assert "the plan names the licence mit, the hub cc-by-nc-4.0" in caplog.text
     assert {sample["license"] for sample in samples(tmp_path / "d")} == {"cc-by-nc-4.0"}
 
 

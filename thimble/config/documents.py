@@ -176,8 +176,9 @@ def recipe_of(words: Sequence[str]) -> tuple[str | None, list[str]]:
         known = CONFIGS.get(Path(value).stem)
         if known is None and not Path(value).is_file():
             raise ConfigError(
-                f"There is no configuration {value or 'after --config'}. The documents' own are "
-                "recipes here:\n" + "\n".join(f"  thimble train {n}" for n in CONFIGS.values())
+                f"There is no configuration {value or 'after --config'}. Those of the original "
+                "quickstart are recipes here:\n"
+                + "\n".join(f"  thimble train {n}" for n in CONFIGS.values())
             )
         return (value if Path(value).is_file() else known), rest
     return None, rest
