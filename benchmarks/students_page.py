@@ -59,8 +59,7 @@ def distilled(part: dict[str, Any], folder: Path) -> list[str]:
         "## Distilled, and without a teacher",
         f"The recipe `distill_nano` ({terms(part)}), {part['steps']:,} updates each, the same "
         "data in the same order, the same learning rate; without a teacher the loss is the "
-        "next token's alone. Measured on "
-        f"{part['rows'][0]['tokens']:,} tokens of the test split. Agreement: how often both "
+        f"next token's alone. {measured_on(part)}. Agreement: how often both "
         f"think the same token likeliest; KL: from the teacher, in nats, its {apart:,} "
         "likeliest tokens told apart; calibration error: of the likeliest token's probability.",
         table(["", *LEARNED, *LIKENESS], rows),
@@ -92,7 +91,9 @@ def recursive(part: dict[str, Any], folder: Path) -> list[str]:
         "## Recursion over retention",
         f"`retnet_hrm` as the student of `distill_nano` ({terms(part)}), {part['steps']:,} "
         "updates, beside retention whose blocks run once, trained alike: as many blocks as make "
-        "the same computation, and as make the same number of parameters.",
+        f"the same computation, and as make the same number of parameters. {measured_on(part)}; "
+        f"KL tells the teacher's {part['told_apart']:,} likeliest tokens apart, so it is compared "
+        "within this table alone.",
         table(["", "blocks", "parameters", "FLOPs", *LEARNED, *LIKENESS], rows),
         *lines,
     ]
@@ -123,15 +124,18 @@ def teacher_start(part: dict[str, Any], folder: Path) -> list[str]:
 
 def finetuned(part: dict[str, Any], folder: Path) -> list[str]:
     groups, tuned, kinds = by_arm(part["rows"]), part["finetuning"], part["kinds"]
+    options = tuned["options"]
     fell = 1 - tuned["perplexity"] / tuned["base_perplexity"]
     names = ("teacher as it was", "fine-tuned teacher", "without a teacher")
     rows = [[name, ends(group)] for name, group in groups.items()]
     return [
         "## A teacher fine-tuned on the student's data",
-        "The documents promise 4.5 times faster convergence. Here the teacher, `slm_nano`, learned "
-        f"`{kinds['known']}` in {part['teacher_minutes']:.1f} minutes; the students are for "
-        f"`{kinds['new']}` ({kinds['train']:,} tokens of the same tokenizer). `thimble teacher "
-        f"finetune` took {tuned['steps']:,} updates, {tuned['seconds'] / 60:.1f} minutes, and "
+        "The original quickstart promises 4.5 times faster convergence. Here the teacher, "
+        f"`slm_nano`, learned `{kinds['known']}` in {part['teacher_minutes']:.1f} minutes; the "
+        f"students are for `{kinds['new']}` ({kinds['train']:,} tokens of the same "
+        "tokenizer). `thimble teacher finetune` "
+        f"(learning rate {options['learning_rate']:g}, {options['batch_rows']} rows an "
+        f"update) took {tuned['steps']:,} updates, {tuned['seconds'] / 60:.1f} minutes, and "
         f"brought its perplexity there from {tuned['base_perplexity']:.1f} to "
         f"{tuned['perplexity']:.1f} ({fell:.0%} lower). Then the same student learned "
         f"{part['steps']:,} updates from each, and from none. Held-out nats a token at the end:",
@@ -182,6 +186,10 @@ def terms(part: dict[str, Any]) -> str:
         f"alpha {found['alpha']:g}, temperature {found['temperature']:g}, top-{found['topk']}, "
         f"learning rate {found['learning_rate']:g}{'; ' + said if said else ''}"
     )
+
+
+def measured_on(part: dict[str, Any]) -> str:
+    return f"Measured on {part['rows'][0]['tokens']:,} tokens of the test split"
 
 
 def told(what: str, key: str, mine: Rows, other: Rows, sign: int, who: str) -> str:

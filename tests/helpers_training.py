@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers_cli import SMALL, make_corpus
 from thimble import tokens
@@ -98,3 +100,16 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
         for record in RunFolder(folder).records()
         if "event" not in record
     ]
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made

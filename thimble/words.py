@@ -192,17 +192,19 @@ def recipe_and_words(
     recipe: str | None, words: Sequence[str] | None, *, resumed: bool
 ) -> tuple[str | None, list[str]]:
     """The recipe, named as the first word or by the documents' ``--config FILE``, and the words
-    that are left. ``resumed``: the run knows its recipe, so the first word may be a setting."""
+    that are left. The first may be a setting where the recipe is named otherwise, or ``resumed``:
+    the run knows it."""
     from thimble.config.documents import recipe_of
 
-    left = list(words or [])
-    if recipe is not None and (recipe.startswith("-") or (resumed and "=" in recipe)):
-        left.insert(0, recipe)
-        recipe = None
-    named, left = recipe_of(left)
-    if recipe is not None and named is not None:
+    first = [] if recipe is None else [recipe]
+    named, left = recipe_of([*first, *(words or [])])
+    # The first word may be --config itself, another option, or a setting.
+    setting = recipe is not None and "=" in recipe and (resumed or named is not None)
+    if recipe is None or recipe.startswith("-") or setting:
+        return named, left
+    if named is not None:
         raise ConfigError(f"Which recipe? There are two: {recipe} and --config ({named}).")
-    return recipe or named, left
+    return recipe, left[1:]
 
 
 def numbers(option: str, given: str | None) -> tuple[int, ...]:

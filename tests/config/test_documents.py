@@ -52,6 +52,7 @@ def test_the_defaults_are_the_documents() -> None:
         (["arch.mlp_t=True"], ["model.mixer=mlp"]),
         (["ema=True"], ["optim.ema_rate=0.999"]),
         (["ema=true", "ema_rate=0.99"], ["optim.ema_rate=0.99"]),
+        (["+ema=true", "+ema_rate=0.99"], ["optim.ema_rate=0.99"]),
         (["ema=False"], ["optim.ema_rate=null"]),
         (["lr=1e-4", "lr_min_ratio=1"], ["optim.learning_rate=1e-4", "optim.min_lr_ratio=1"]),
         (["arch.loss.loss_type=stablemax_cross_entropy"], ["objective.form=stablemax"]),
@@ -65,6 +66,25 @@ def test_the_defaults_are_the_documents() -> None:
             ["global_batch_size=48", "training.micro_batch_size=12"],
             ["training.gradient_accumulation_steps=4", "training.micro_batch_size=12"],
         ),
+        # Several values, as of a sweep: each is translated.
+        (["model_variant=350M,500m"], ["model=retnet_350m,retnet_500m"]),
+        (["teacher_mode=direct,network"], ["teacher.mode=direct,served"]),
+        (["reverse_kl=true,false"], ["objective.divergence=reverse,forward"]),
+        (["ema=true,false"], ["optim.ema_rate=0.999,null"]),
+        (
+            ["arch.loss.loss_type=softmax_cross_entropy,stablemax_cross_entropy"],
+            ["objective.form=softmax,stablemax"],
+        ),
+        (
+            ["global_batch_size=24,48"],
+            ["training.micro_batch_size=24,48", "training.gradient_accumulation_steps=1"],
+        ),
+        (
+            ["global_batch_size=24,48", "training.micro_batch_size=12"],
+            ["training.gradient_accumulation_steps=2,4", "training.micro_batch_size=12"],
+        ),
+        (["+optim.betas=[0.9,0.9],[0.9,0.99]"], ["+optim.betas=[0.9,0.9],[0.9,0.99]"]),
+        (["lr=1e-3,1e-4", "seed=1,1"], ["optim.learning_rate=1e-3,1e-4", "seed=1,1"]),
     ],
 )  # fmt: skip
 def test_each_name(theirs: list[str], ours: list[str]) -> None:
@@ -147,6 +167,10 @@ def test_their_configuration_is_a_recipe_of_ours(tmp_path: Path) -> None:
     assert recipe_and_words(theirs[0], [theirs[1], *words], resumed=False) == (
         "distill_direct",
         words,
+    )
+    assert recipe_and_words("seed=2", [*theirs, *words], resumed=False) == (
+        "distill_direct",
+        ["seed=2", *words],
     )
     assert recipe_of([*words, "--config=train_cached.yaml"]) == ("distill_cached", words)
     (tmp_path / "train_direct.yaml").write_text("")

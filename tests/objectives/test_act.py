@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers_training import Largest
 from thimble.config.model import ModelConfig
 from thimble.models.recursive import RecursiveLM
 from thimble.objectives import linear_cross_entropy as losses
@@ -138,19 +138,6 @@ def test_stablemax_bears_logits_that_softmax_saturates_at() -> None:
         loss, _ = scaled_cross_entropy(hidden, weight, torch.tensor([0]), torch.ones(1), form)
         gradient = torch.autograd.grad(loss, hidden)[0]
         assert bool(gradient != 0) is finite
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that was made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return made
 
 
 @pytest.mark.parametrize("form", ["softmax", "stablemax"])

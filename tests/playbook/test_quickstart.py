@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tests import helpers_hub
 from tests.corpora.test_download import jsonl, parquet
@@ -73,6 +74,10 @@ def records(run: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if name in record]
 
 
+def losses(run: dict[str, Any]) -> list[float]:
+    return [record["loss"] for record in records(run, "loss")]
+
+
 def teacher_of(run: dict[str, Any]) -> dict[str, Any]:
     return read_json(Path(run["latest"]) / "teacher.json")
 
@@ -100,6 +105,9 @@ def test_every_line_of_the_quickstart(
 
     # 2. The data.
     assert len(run("data download --plan poc --dry-run")["data_sets"]) == 4
+    rows = run("data download --plan curriculum --dry-run")["data_sets"]
+    sizes = {row["name"]: row["hub_bytes"] for row in rows if row["hub_bytes"]}
+    assert (len(rows), set(sizes)) == (23, {"metamath", "codesearchnet", "apps"})
     assert not Path("data").exists()
     rows = run("data download --plan poc --category math_reasoning")["data_sets"]
     assert [row["samples"] for row in rows] == [60]
@@ -144,6 +152,10 @@ def test_every_line_of_the_quickstart(
     theirs = "--config configs/train_direct.yaml --weight-decay 0.01"
     theirs += " --enable-saddle-interventions --learning-rate 0.001"
     paths = [f"train_data_path={DATA}", f"val_data_path={DATA}", f"max_seq_length={LENGTH}"]
+    planned = run("plan distill_direct --no-measure", *TINY, *paths, TEACHER)
+    assert planned["steps"] == 4
+    weights = load_file("llama/model.safetensors").values()
+    assert planned["teacher"]["parameters"] == sum(weight.numel() for weight in weights)
     merged = student(theirs, *paths, "teacher_model=teacher_adapters/llama/merged")
     ours = "distill_direct optim.weight_decay=0.01 saddle.interventions=true"
     ours += " optim.learning_rate=0.001 teacher.topk=512"
@@ -164,6 +176,8 @@ def test_every_line_of_the_quickstart(
     # 6b. Without a teacher, though the recipe names one that is not here; then with one.
     pretrained = student("distill_direct --pretrain-ce-only --max-steps 6", *paths)
     assert (pretrained["step"], records(pretrained, "kl")) == (6, [])
+    named = student("pretrain_student --max-steps 6", *paths)
+    assert losses(named) == losses(pretrained)
     assert pretrained["evaluation"]["val_perplexity"] > 1
     go_on = f"train --resume-from {pretrained['run']} objective.name=distill --max-steps 8"
     resumed = run(go_on, TEACHER)
@@ -184,6 +198,12 @@ def test_every_line_of_the_quickstart(
     told = merged["evaluation"]
     for name in ("perplexity", "teacher_kl"):
         assert judged["figures"][name] == pytest.approx(told[f"val_{name}"], rel=1e-3)
+    hidden = run(f"evaluate {merged['run']} --split val --needle --device cpu")["needle"]
+    assert set(hidden["models"]) == {"student", "teacher"}
+    assert hidden["models"]["student"]["cells"]
+    page = Path(run(f"report {merged['run']}")["path"]).read_text()
+    for part in ("needle_accuracy", "kl", "chunks"):
+        assert part in page
 
     # A run that keeps what its teacher says; then its teacher is needed no more.
     every = ["training.max_epochs=1", "max_steps=1000", "training.eval_every=0"]

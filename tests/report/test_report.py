@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests import helpers_distill
 from tests import helpers_training as helpers
 from thimble import api
+from thimble.artifacts import read_json
 from thimble.errors import DataError
+from thimble.report.page import _data
 from thimble.training import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -36,8 +39,28 @@ def test_it_shows_curves_samples_settings_and_data(run: Path) -> None:
     assert html.count("<svg") == 7
     assert "finished at step 12" in html
     assert "optim.learning_rate" in html
+    assert '<th class="number">bytes per token</th>' in html
     verbs = {line.split("thimble ")[1].split()[0] for line in made.missing if "thimble " in line}
     assert verbs == {"accept", "evaluate"}  # only commands that there are
+
+
+def test_packed_chunks_are_counted(tmp_path: Path) -> None:
+    packed = helpers_distill.packed_in(tmp_path)
+    counts = read_json(packed / "manifest.json")["counts"]
+    assert counts["val"]["padding"] > 0
+    run = train(helpers.config(tmp_path / "runs", f"data.path={packed}")).path
+    html = api.report(run).path.read_text()
+    section = html[html.index("<h2>Data</h2>") : html.index("<h2>Configuration</h2>")]
+    assert section.count(str(packed)) == 1
+    assert "16 tokens in each chunk, left out: 0 empty texts, 0 unreadable" in section
+    rows = [re.findall(r"<t[dh][^>]*>([^<]*)", row) for row in section.split("<tr>")[1:]]
+    names = ["documents", "tokens", "chunks", "padding"]
+    assert rows == [
+        ["split", *names],
+        *([split, *(f"{counts[split][name]:,}" for name in names)] for split in ("train", "val")),
+    ]
+    other = helpers.config(tmp_path, f"data.path={packed}", "data.val_path=elsewhere")
+    assert "held out: elsewhere, without what is trained on" in _data(other, [])["notes"]
 
 
 def test_it_asks_nothing_of_the_network(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import helpers_distill
+from tests import helpers_distill, helpers_training
 from tests.helpers_distill import config
 from thimble import api
 from thimble.artifacts import write_json
@@ -194,6 +195,21 @@ def test_where_nobody_knows_the_bytes_the_loss_decides(tmp_path: Path) -> None:
     assert found.best["overrides"] == {"optim.learning_rate": 0.01}
     assert ledger.unit(found.runs) == "nats per token"
     assert [plot.name for plot in found.plots] == ["sweep.png", "curves.png"]
+
+
+def test_runs_of_different_units_are_not_ranked_together(tmp_path: Path) -> None:
+    packed, other = helpers_distill.packed_in(tmp_path), tmp_path / "other"
+    known = helpers_training.token_directory()
+    said = f"bits per byte for data.path={known}\n.*nats per token of .* for data.path={packed}"
+    with pytest.raises(ConfigError, match=said):
+        sweep(tmp_path, None, f"data.path={known},{packed}")
+    shutil.copytree(packed, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = "another"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="cannot be ranked together"):
+        sweep(tmp_path, None, f"data.path={packed},{other}")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_rows_that_are_passed_over_are_asked_about_generously(

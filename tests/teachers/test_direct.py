@@ -19,6 +19,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from tests.helpers_training import Largest
 from tests.teachers.helpers import LENGTH, examples, logits_of, make_teacher
 from thimble.errors import ConfigError, DataError, EnvironmentProblem
 from thimble.objectives import linear_cross_entropy
@@ -62,6 +63,20 @@ def test_targets_are_those_of_the_models_logits(
     found = ask(teacher, 3, 0, 7, 11, 12, 13, 14)
     assert found.indices.shape == (7, LENGTH, 8)
     assert_exact(found, logits_of(folder, rows.inputs))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_positions_times_vocabulary_is_never_held(
+    sampled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(linear_cross_entropy.CHUNK_ELEMENTS, "cpu", 1)  # 64 positions at a time
+    teacher = opened(make_teacher(tmp_path), Asked(8, (2.0,), sampled=sampled))
+    inputs = torch.from_numpy(examples().rows(range(16)).inputs)
+    with Largest() as seen:
+        found = teacher.targets(range(16), inputs)
+    assert found.indices.shape == (*inputs.shape, 8)
+    assert inputs.numel() == 3 * 64
+    assert 0 < seen.elements <= 64 * examples().vocab_size
 
 
 def test_the_row_at_a_position_is_the_distribution_after_it(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from thimble.models.causal_lm import CausalLM
 from thimble.objectives.next_token import NextToken
 from thimble.training import devices, forecast, memory, probe
 from thimble.training.optimizer import make_optimizer
+from thimble.training.plan import plan
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:
@@ -95,6 +96,17 @@ def test_the_peak_of_the_process_is_predicted_within_a_tenth(tmp_path: Path) -> 
     assert found.here["tokens_per_second"] > 0
     tokens = found.plan.tokens
     assert found.here["hours"] == pytest.approx(tokens / found.here["tokens_per_second"] / 3600)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "advice"), [(12, 4, "=1."), (40, 9, "=4."), (4, 1, "")]
+)
+def test_a_long_warm_up_is_told_with_a_shorter_one(
+    steps: int, warmup: int, advice: str, tmp_path: Path
+) -> None:
+    words = [f"training.max_steps={steps}", f"optim.warmup_steps={warmup}"]
+    said = [line for line in plan(config(tmp_path, *words)).warnings if "warm-up" in line]
+    assert [line.endswith(f"optim.warmup_steps{advice}") for line in said] == [True] * bool(advice)
 
 
 def test_what_does_not_fit_gets_a_proposal_that_does(

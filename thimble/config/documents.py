@@ -85,38 +85,52 @@ def translate(overrides: Iterable[str]) -> Iterator[str]:
     """``key=value`` lines with the documents' names as lines with ours; others pass as they are.
 
     ``global_batch_size=N`` is N examples in one pass, or as many passes as a given
-    ``training.micro_batch_size`` makes of it. Raises ConfigError when that does not divide.
+    ``training.micro_batch_size`` makes of it. Of several values, ``key=a,b``, each is translated.
+    Raises ConfigError for a batch that does not divide, and for what is not possible here.
     """
     lines = list(overrides)
     given = dict(line.lstrip("+").partition("=")[::2] for line in lines)
     for line in lines:
-        key, equals, value = line.partition("=")
-        key = key.lstrip("+").strip()
+        name, equals, value = line.partition("=")
+        key = name.lstrip("+").strip()
         if not equals:
             yield line
-        elif key == "global_batch_size":
-            yield from _batch(value, given.get("training.micro_batch_size"))
-        elif key == "ema":
-            rate = given.get("ema_rate", EMA_RATE) if _on(key, value) else "null"
-            yield f"optim.ema_rate={rate}"
-        elif key == "ema_rate" and "ema" in given:
             continue
-        elif key in SWITCHES:
-            yield SWITCHES[key][0 if _on(key, value) else 1]
-        elif key in NEEDLESS:
-            raise ConfigError(f"There is no key {key}: {NEEDLESS[key]}. Leave it out.")
-        elif key == "teacher_mode":
-            yield f"teacher.mode={'served' if value == 'network' else value}"
-        elif key == "model_variant":
-            yield f"model=retnet_{value.lower()}"
-        elif key == "arch.loss.loss_type":
-            yield f"objective.form={value.removesuffix('_cross_entropy')}"
-        elif key in NAMES:
-            yield f"{NAMES[key]}={value}"
-        elif key.startswith("arch."):
-            yield f"model.{key.removeprefix('arch.')}={value}"
-        else:
-            yield line
+        if key == "ema_rate" and "ema" in given:
+            continue
+        ours: dict[str, list[str]] = {}
+        for single in value.split(","):
+            for word in _ours(name, key, single, given):
+                our, _, meant = word.partition("=")
+                ours.setdefault(our, []).append(meant)
+        for our, values in ours.items():
+            beside = len(ours) > 1 and len(set(values)) == 1  # another key has the several values
+            yield f"{our}={','.join(values[:1] if beside else values)}"
+
+
+def _ours(name: str, key: str, value: str, given: dict[str, str]) -> Iterator[str]:
+    """Lines of ours for one value; ``name`` is ``key`` as it was written."""
+    if key == "global_batch_size":
+        yield from _batch(value, given.get("training.micro_batch_size"))
+    elif key == "ema":
+        rate = given.get("ema_rate", EMA_RATE) if _on(key, value) else "null"
+        yield f"optim.ema_rate={rate}"
+    elif key in SWITCHES:
+        yield SWITCHES[key][0 if _on(key, value) else 1]
+    elif key in NEEDLESS:
+        raise ConfigError(f"There is no key {key}: {NEEDLESS[key]}. Leave it out.")
+    elif key == "teacher_mode":
+        yield f"teacher.mode={'served' if value == 'network' else value}"
+    elif key == "model_variant":
+        yield f"model=retnet_{value.lower()}"
+    elif key == "arch.loss.loss_type":
+        yield f"objective.form={value.removesuffix('_cross_entropy')}"
+    elif key in NAMES:
+        yield f"{NAMES[key]}={value}"
+    elif key.startswith("arch."):
+        yield f"model.{key.removeprefix('arch.')}={value}"
+    else:
+        yield f"{name}={value}"
 
 
 def _on(key: str, value: str) -> bool:
@@ -162,8 +176,9 @@ def recipe_of(words: Sequence[str]) -> tuple[str | None, list[str]]:
         known = CONFIGS.get(Path(value).stem)
         if known is None and not Path(value).is_file():
             raise ConfigError(
-                f"There is no configuration {value or 'after --config'}. The documents' own are "
-                "recipes here:\n" + "\n".join(f"  thimble train {n}" for n in CONFIGS.values())
+                f"There is no configuration {value or 'after --config'}. Those of the original "
+                "quickstart are recipes here:\n"
+                + "\n".join(f"  thimble train {n}" for n in CONFIGS.values())
             )
         return (value if Path(value).is_file() else known), rest
     return None, rest

@@ -336,7 +336,7 @@ def _fetch(name: str, cap: int, ledger: dict[str, Progress], output: Path) -> No
     ledger[name] = entry
     if found.licence and found.licence != source.licence:
         log.warning(
-            "%s: the documents name the licence %s, the hub %s; the hub's counts",
+            "%s: the plan names the licence %s, the hub %s; the hub's counts",
             source.repository,
             source.licence,
             found.licence,

@@ -101,8 +101,10 @@ def make(tokens: np.ndarray, tokenizer: Tokenizer) -> Needles:
 
 
 def usual_lengths(needles: Needles, length: int) -> Sequence[int]:
-    """From a quarter of a model's rows to four times as much, as far as needles have room."""
-    return [n for n in doubling(length // 4, 4 * length) if n >= needles.shortest]
+    """From a quarter of a model's rows to four times as much, as far as needles have room; where
+    they have none, the shortest context with room."""
+    fitting = [n for n in doubling(length // 4, 4 * length) if n >= needles.shortest]
+    return fitting or [needles.shortest]
 
 
 @dataclass(frozen=True)

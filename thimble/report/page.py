@@ -205,10 +205,11 @@ def _settings(config: Config) -> list[dict[str, str]]:
 def _data(config: Config, missing: list[str]) -> dict[str, Any]:
     """Counts of the tokens and, where it is still there, of the corpus behind them."""
     found: dict[str, Any] = {"path": config.data.path, "splits": {}, "cleaning": [], "mixture": {}}
+    found["notes"] = []
     try:
         if artifacts.kind(config.data.folder) == packing.KIND:  # which knows no corpus
             packed = artifacts.read_json(Path(config.data.folder) / artifacts.MANIFEST)
-            return found | {"vocabulary": packed["vocab_size"]}
+            return found | _packed(config, packed)
         tokens = artifacts.read_manifest(config.data.folder, "tokens", make="thimble tokens build")
     except ThimbleError as error:
         missing.append(f"tokens: {str(error).splitlines()[0]}")
@@ -225,6 +226,20 @@ def _data(config: Config, missing: list[str]) -> dict[str, Any]:
         name = (tokens["inputs"].get("corpus") or {}).get("name", "")
         missing.append(f"corpus {name}: not in data/corpus any more, or made anew")
     return found
+
+
+def _packed(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Counts of chunks; where documents of another folder are held out, the folder."""
+    counts, other = manifest["counts"], config.data.val_path
+    notes = [f"{manifest['max_seq_length']:,} tokens in each chunk"]
+    notes.append(f"left out: {counts['empty']:,} empty texts, {counts['refused']:,} unreadable")
+    if other not in (None, config.data.path):
+        notes.append(f"held out: {other}, without what is trained on")
+    return {
+        "vocabulary": manifest["vocab_size"],
+        "notes": notes,
+        "splits": {split: counts[split] for split in packing.SPLITS},
+    }
 
 
 def _zipf(config: Config) -> str | None:

@@ -187,9 +187,23 @@ def check_values(recipe: str, words: Words, grid: bool) -> list[Config]:
         warnings |= dict.fromkeys(plan(config).warnings)
         if words.choice("launcher") == "basic":  # elsewhere there may be another device
             resolve_device(config.device)
+    check_units(configs)
     for warning in warnings:
         log.warning("%s", warning)
     return configs
+
+
+def check_units(configs: Sequence[Config]) -> None:
+    """Refuse runs of which none could be called the best, since their data differ in the unit."""
+    from thimble.training.data import held_out_unit
+
+    units = {held_out_unit(config): config.data.path for config in configs}
+    if len(units) > 1:
+        raise ConfigError(
+            "These runs cannot be ranked together: what is held out is measured in\n"
+            + "\n".join(f"  {unit} for data.path={path}" for unit, path in units.items())
+            + "\nSweep each by itself."
+        )
 
 
 def name_folder(config: Config, words: Sequence[str]) -> Path:

@@ -10,9 +10,9 @@ from thimble.config.schema import Config
 from thimble.models.causal_lm import CausalLM
 from thimble.models.recursive import RecursiveLM
 
-# On two CPU cores compiling the two layers of slm_nano took 16 seconds and made steps 1.2 times as
-# fast, so a run must be long enough to earn that back many times over. A CPU does about 2e11 FLOP a
-# second.
+# On two CPU cores compiling makes steps of slm_nano a little faster, see
+# benchmarks/results/train_cpu.md, and takes a while, so a run must be long enough to earn that back
+# many times over. The FLOP a second are an assumption, of the right size for such a machine.
 WORTH_SECONDS, CPU_FLOPS = 1200.0, 2e11
 
 

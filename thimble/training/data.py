@@ -126,6 +126,21 @@ def separated(config: Config) -> bool:
     return config.model.mixer == "retention" or artifacts.kind(config.data.folder) == KIND
 
 
+def held_out_unit(config: Config) -> str:
+    """What the held-out text of a run is measured in: bits per byte, or where nobody knows the
+    bytes, nats per token, which are those of one tokenizer alone."""
+    from thimble.tokens.packing import KIND
+
+    if config.data.path is not None:
+        kind = artifacts.kind(config.data.folder)
+        if kind == KIND:
+            manifest = artifacts.read_json(Path(config.data.folder) / artifacts.MANIFEST)
+            return f"nats per token of tokenizer {manifest['tokenizer']['fingerprint'][:8]}"
+        if kind == "puzzles":
+            return "nats per cell"
+    return "bits per byte"
+
+
 def _tokens(config: Config, split: str) -> TokenSplit | PackedChunks:
     from thimble.tokens import packed, shards
     from thimble.tokens.packed import PackedChunks

@@ -221,11 +221,12 @@ def plan(config: Config) -> Plan:
             f"The data give {steps:,} steps in {training.max_epochs:g} epochs, not the "
             f"{training.max_steps:,} of training.max_steps: the run ends there."
         )
-    if optim.warmup_steps > steps / 5:
+    shorter = max(1, steps // 10)
+    if optim.warmup_steps > max(steps / 5, shorter):
         share = f"{100 * optim.warmup_steps / steps:.0f} %"
         warnings.append(
             f"The warm-up of {optim.warmup_steps:,} steps is {share} of the run. "
-            f"Try optim.warmup_steps={max(1, steps // 10)}."
+            f"Try optim.warmup_steps={shorter}."
         )
     if epochs > USEFUL_EPOCHS and not recursive:
         enough = max(1, int(USEFUL_EPOCHS * run.examples / batch))
