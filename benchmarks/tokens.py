@@ -37,13 +37,14 @@ def run_thimble(corpus: Path, tokenizer: Path, workers: int, out: Path) -> Path:
     from thimble import artifacts
     from thimble.tokens import pipeline, splits
     from thimble.tokens.tokenizer import load_tokenizer
+    from thimble.workers import process_pool
 
     groups = pipeline.row_groups(corpus, artifacts.read_manifest(corpus, "corpus", make=""))
     documents = groups[-1].first + groups[-1].rows
     used = load_tokenizer(tokenizer)
     used.save(out)
     all_train = splits.Plan(np.zeros(documents, dtype=np.uint8))
-    with pipeline._pool(workers) as pool:
+    with process_pool(workers) as pool:
         pipeline.encode(groups, all_train, used, out, pool)
     return out / "train.bin"
 
