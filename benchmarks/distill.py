@@ -69,8 +69,13 @@ def compare_losses(
         needed = losses.needed_bytes(*shape[:2])
         if needed > 0.8 * room:
             ways.remove("plain")
-        memory = {way: measure_memory(way, shape, arguments) for way in ways}
-        ways = [way for way in ways if memory[way] is not None]
+        memory: dict[str, int] = {}
+        for way in list(ways):
+            peak = measure_memory(way, shape, arguments)
+            if peak is None:
+                ways.remove(way)
+            else:
+                memory[way] = peak
         problem = losses.Problem(*shape, dtype, device)
         took: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(rounds):
@@ -88,7 +93,7 @@ def compare_losses(
             cells += [f"{memory_share:.3f}", ", ".join(missed) or "none"]
         else:
             why = "out of memory"
-            if "plain" not in memory:
+            if needed > 0.8 * room:
                 why = f"not run: {needed / 1e9:.0f} GB of {room / 1e9:.0f}"
             cells += [why, spread(took["fused"]), "", "", f"{memory['fused'] / 1e6:,.0f}", "", ""]
         lines.append(f"| {' | '.join(cells)} |")

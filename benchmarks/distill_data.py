@@ -69,14 +69,14 @@ def make_teacher(folder: Path, tokenizer: Path, shape: str, vocabulary: int) -> 
     return folder
 
 
-@dataclass(frozen=True)
+@dataclass
 class Nothing:
     """Stands for a data set in a cache of targets of nobody."""
 
     count: int
     length: int
     vocab_size: int
-    directory: ClassVar = Path("nowhere")
+    directory: Path = Path("nowhere")
     identity: ClassVar = {"data": "none"}
     tokenizer: ClassVar[Any] = SimpleNamespace(fingerprint="none")
 

@@ -107,6 +107,11 @@ class PlainRecursion(nn.Module):
     """TRM: one stack, two latents, gradients through the last H cycle. Weights are undefined until
     those of a ``RecursiveLM`` are loaded."""
 
+    H_init: Tensor
+    L_init: Tensor
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype

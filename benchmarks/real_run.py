@@ -21,8 +21,10 @@ import torch
 import thimble
 from thimble import api, console
 from thimble.artifacts import read_json, versions
+from thimble.evaluation.evaluate import Evaluation, Selection
 from thimble.evaluation.tables import tables
 from thimble.training.devices import describe, resolve_device
+from thimble.training.forecast import Forecast
 
 RESULTS = Path("docs/results")
 GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M")
@@ -57,10 +59,13 @@ def main() -> None:
 
     started = time.time()
     plan = api.plan(arguments.recipe, *arguments.overrides)
+    assert isinstance(plan, Forecast)
     run = arguments.run or api.train(arguments.recipe, *arguments.overrides, retry=3).path
     accepted = api.accept(run)
     selection = api.evaluate(run, every=True)
     best = api.evaluate(run)
+    assert isinstance(selection, Selection)
+    assert isinstance(best, Evaluation)
     made = list((run / "quantized").glob("*"))
     quantized = (
         read_json(made[0] / "quantization_summary.json") if made else api.quantize(run).to_dict()

@@ -45,6 +45,7 @@ from recursion_contestants import (
 
 from thimble.config.load import load
 from thimble.config.model import ModelConfig
+from thimble.models.attention import KVCache
 from thimble.objectives.act import Rows
 from thimble.objectives.linear_cross_entropy import IGNORE
 from thimble.training import devices
@@ -66,7 +67,9 @@ def check_training(config: ModelConfig, rows: Rows, device: torch.device) -> str
             loss = one.loss(its_rows)
             loss.backward()
             losses.append(loss.item())
-            gradients.append({n: p.grad for n, p in one.model.named_parameters()})
+            gradients.append(
+                {n: p.grad for n, p in one.model.named_parameters() if p.grad is not None}
+            )
         plain, ours = gradients
         assert plain.keys() == ours.keys()
         apart = abs(losses[0] - losses[1]) / losses[0]
@@ -122,11 +125,12 @@ def compare_generation(
                 found.append([batch / way() for way in (ways.cached, ways.window, ways.known)])
                 progress(f"generation, {count} tokens, {batch} sequences: {found[-1]}, {number}")
             fast, window, known = (statistics.median(each) for each in zip(*found, strict=True))
-            size = sum(cache.keys.nbytes + cache.values.nbytes for cache in ways.state)
+            caches = [cache for cache in ways.state if isinstance(cache, KVCache)]
+            size = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
             lines.append(
                 f"| {count} | {batch} | {fast:.1f} | {window:.2f} | {known:.2f} | "
                 f"{fast / window:.0f} x, {fast / known:.0f} x | {size / 1e6:,.0f} MB in "
-                f"{len(ways.state)} |"
+                f"{len(caches)} |"
             )
     return lines
 

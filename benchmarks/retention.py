@@ -50,7 +50,7 @@ def mixers(log_gamma: Tensor, device: torch.device) -> dict[str, Form]:
     def of(form: Callable[..., Retained], **options: Any) -> Form:
         return lambda q, k, v: form(q, k, v, log_gamma, **options).outputs
 
-    found = {
+    found: dict[str, Form] = {
         "attention": functools.partial(F.scaled_dot_product_attention, is_causal=True),
         "parallel": of(retention.parallel),
         "chunkwise, 64": of(retention.chunkwise, chunk=64),
@@ -122,7 +122,8 @@ def compare_mixers(
         shape = (batch, heads, length, width)
         parts = draw(shape, dtype, device)
         room = devices.available_memory(device)
-        cells, took = {}, {}
+        cells: dict[str, str] = {}
+        took: dict[str, list[float]] = {}
         for name in forms:
             needed = needed_bytes(name, shape, parts[0].element_size())
             if needed > 0.5 * room:
@@ -168,7 +169,7 @@ def make_models(device: torch.device, dtype: torch.dtype) -> dict[str, CausalLM]
     """Three models of one width and depth that differ in their mixer alone."""
     width, layers, head = (256, 4, 64) if device.type == "cpu" else (1152, 15, 96)
     heads = width // head
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": 4096,
         "hidden_size": width,
         "intermediate_size": 4 * width,
