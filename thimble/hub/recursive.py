@@ -1,19 +1,9 @@
-"""Our models through transformers' own classes. Import this once, and they know them:
+"""Recursive models through transformers' own classes; ``import thimble.hub`` registers them.
 
-    import thimble.hub
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained("runs/.../checkpoints/step-2000")
-    model.generate(ids, max_new_tokens=50)
-
-Nothing is downloaded or unpickled, and no ``trust_remote_code`` is needed: the code is here.
-Checkpoints of attention that runs once are llama or mistral, and need no import.
-
-``generate`` gives thimble's own words. Of a recursive model each row takes as many supervision
-steps for all its tokens as its halting head asks for at the end of the prompt, or as
-``generate(..., steps=N)`` says. Caches are exact, with a slot for every block of every call of
-every step. Called directly the model takes ``halt_max_steps``, the number that losses are measured
-with.
+``generate`` takes for each row as many supervision steps for all its tokens as its halting head
+asks for at the end of the prompt, or as ``generate(..., steps=N)`` says. Caches are exact, with a
+slot for every block of every call of every step. Called directly the model takes
+``halt_max_steps``, the number that losses are measured with.
 """
 
 from __future__ import annotations
@@ -24,28 +14,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from thimble.errors import ConfigError
-from thimble.hub_base import ThimbleCausalLM, ThimbleConfig
-from thimble.hub_retention import (
-    ThimbleRetNetConfig,
-    ThimbleRetNetForCausalLM,
-    starts_in,
-    states_in,
-)
+from thimble.hub.base import ThimbleCausalLM, ThimbleConfig
+from thimble.hub.retention import starts_in, states_in
 from thimble.models import interop_recursive
 from thimble.models.recursive import Latents, RecursiveLM
-
-__all__ = [
-    "ThimbleRecursiveConfig",
-    "ThimbleRecursiveForCausalLM",
-    "ThimbleRetNetConfig",
-    "ThimbleRetNetForCausalLM",
-]
 
 
 class ThimbleRecursiveConfig(ThimbleConfig):
@@ -222,9 +200,3 @@ def make_room(cache: Cache, count: int) -> None:
             "A recursive model needs a DynamicCache, filled with the same number of steps."
         )
     cache.layers.extend(DynamicLayer() for _ in range(count - len(cache.layers)))
-
-
-AutoConfig.register(ThimbleRecursiveConfig.model_type, ThimbleRecursiveConfig)
-AutoModelForCausalLM.register(ThimbleRecursiveConfig, ThimbleRecursiveForCausalLM)
-AutoConfig.register(ThimbleRetNetConfig.model_type, ThimbleRetNetConfig)
-AutoModelForCausalLM.register(ThimbleRetNetConfig, ThimbleRetNetForCausalLM)

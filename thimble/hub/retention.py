@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from thimble.errors import ConfigError
-from thimble.hub_base import ThimbleCausalLM, ThimbleConfig
+from thimble.hub.base import ThimbleCausalLM, ThimbleConfig
 from thimble.models import interop_recursive, interop_retention
 from thimble.models.causal_lm import CausalLM, LayerState
 from thimble.models.retention import RetentionState
